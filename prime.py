@@ -22,9 +22,10 @@ Shapes: B = P * K responses, the K responses of a prompt next to each other; T r
 response tokens, the end-of-sequence token included.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Iterable, Iterator, Literal, Optional
 
 import torch
@@ -61,28 +63,20 @@ def opt(default, text):
     return field(default=default, metadata={"help": text})
 
 @dataclass
-class ModelOptions:
-    _argument_group_name = "models"
-    model: Optional[str] = opt(None, "SFT model that all three start from: hub id or folder (paper: Eurus-2-7B-SFT)")
-    prm: Optional[str] = opt(None, "other initialisation of the PRM (Sec. 5: the SFT model is best)")
-    prm_ref: str = opt("sft", "reference of Eq. 3: 'sft', frozen; 'policy', its old log-probabilities, which saves a model "
-                              "(Sec. 5); with --eval-only a folder")
-    dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the computation; weights and Adam stay float32 (official)")
-    token_budget: int = opt(16384, "tokens of one micro-batch on one rank; a longer response goes alone")
-    activation_checkpointing: bool = opt(False, "recompute activations: less memory, about a third slower")
-    cpu_offload: bool = opt(False, "keep parameters, gradients and Adam states in host memory (official: on)")
-
-@dataclass
 class DataOptions:
-    _argument_group_name = "data"
+    _argument_group_name = "models and data"
+    model: Optional[str] = opt(None, "SFT model that all three start from: hub id or folder (paper: Eurus-2-7B-SFT)")
     data: Optional[str] = opt(None, "RL prompts: hub id, .parquet, .jsonl or 'miniature' (paper: Eurus-2-RL-Data)")
-    eval_data: Optional[list[str]] = field(default=None, metadata={"help": "held-out sets, named like --data"})
-    template: Literal["chat", "zero", "none"] = opt("chat", "the model's chat template; 'zero', a plain one for base models "
-                                                            "(Sec. 5); 'none', the text itself")
+    eval_data: Optional[list[str]] = opt(None, "held-out sets, named like --data")
+    template: Literal["chat", "zero", "none"] = opt("chat", "chat template; 'zero': a plain one (Sec. 5); 'none': bare text")
     system_prompt: Optional[str] = opt(None, "system message for plain rows (chat rows hold their own)")
     prompt_suffix: Optional[str] = opt(None, "added to plain rows (default: ask for \\boxed{} or a python block)")
     max_prompt_tokens: int = opt(1024, "longer prompts are dropped and counted (official)")
     max_response_tokens: int = opt(3072, "responses are cut here (official)")
+    dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the computation; weights and Adam stay float32 (official)")
+    token_budget: int = opt(16384, "tokens of one micro-batch on one rank; a longer response goes alone")
+    activation_checkpointing: bool = opt(False, "recompute activations: less memory, about a third slower")
+    cpu_offload: bool = opt(False, "keep parameters, gradients and Adam states in host memory (official: on)")
 
 @dataclass
 class RolloutOptions:
@@ -95,12 +89,10 @@ class RolloutOptions:
     filter_low: float = opt(0.2, "least mean accuracy of a group, inclusive (official)")
     filter_high: float = opt(0.8, "largest mean accuracy of a group, inclusive (official)")
     drop_truncated: bool = opt(False, "also drop groups with a truncated response (official: off)")
-    oversample: float = opt(1.0, "prompts drawn over those that the last pass rate asks for (official: 1)")
     max_draws: int = opt(20, "give up when a step has drawn this many times --prompts-per-step")
     rollout_batch: int = opt(256, "hf engine: sequences decoded at once")
     vllm_memory: float = opt(0.6, "vLLM engine: share of the GPU's memory (official: 0.7)")
-    importance_cap: float = opt(0.0, "C > 0 weighs tokens by min(pi_trainer / pi_engine, C); 0: off, as published")
-    verify_workers: Optional[int] = opt(None, "verifier processes a rank (default: the cores, shared by the ranks)")
+    importance_cap: float = opt(0.0, "C > 0 weighs tokens by min(pi_trainer / pi_vllm, C); 0: off, as published")
     verify_timeout: float = opt(6.0, "seconds a test or an answer (official)")
     sandbox: Literal["auto", "bwrap", "limits"] = opt("auto", "isolation of programs; auto: bubblewrap, or refuse")
 
@@ -122,13 +114,14 @@ class RewardOptions:
 @dataclass
 class PRMOptions:
     _argument_group_name = "implicit PRM (Sec. 3, 5)"
+    prm: Optional[str] = opt(None, "other initialisation of the PRM (Sec. 5); with --eval-only the PRM of best-of-N")
+    prm_ref: str = opt("sft", "of Eq. 3: sft, frozen, or policy, its old log-probabilities; with --eval-only a folder")
     prm_lr: float = opt(1e-6, "constant learning rate (Sec. 4)")
     prm_weight_decay: float = opt(0.0, "of AdamW (official)")
     prm_grad_clip: float = opt(10.0, "largest gradient norm (official; norms near 20 are normal at first)")
     prm_minibatch: int = opt(256, "responses an update, whole groups (Sec. 4: 4 updates a step)")
     prm_update: Literal["single", "score-first", "double", "none"] = opt(
-        "single", "what scores a response: its own training forward (single), the PRM before any update (score-first) or "
-                  "after all (double); none: a frozen, offline PRM (Sec. 5)")
+        "single", "a response is scored by its own training forward, the PRM before any update, or after all; none: frozen")
     prm_loss: Literal["ce", "dpo"] = opt("ce", "cross-entropy, or DPO on the pairs of a group (Table 8)")
     prm_warmup_steps: int = opt(0, "first steps train the PRM only, the policy held")
     prm_probe_every: int = opt(0, "every N steps also score all rollouts before filter and update (0: never)")
@@ -146,30 +139,25 @@ class PolicyOptions:
     critic_lr: float = opt(1e-5, "of PPO's critic (not published)")
 
 @dataclass
-class SFTOptions:
-    _argument_group_name = "SFT warm-up (App. D)"
-    sft_data: Optional[str] = opt(None, "train --model on this first: Eurus-2-SFT-Data's schema, or prompt and response")
-    sft_epochs: int = opt(3, "passes over it (App. D)")
-    sft_batch: int = opt(96, "examples an update (App. D)")
-    sft_lr: float = opt(1e-5, "peak learning rate: 10%% warm-up, then cosine (App. D)")
-    sft_max_tokens: int = opt(6144, "longer examples are dropped and counted (official)")
-
-@dataclass
 class RunOptions:
-    _argument_group_name = "run and evaluation"
+    _argument_group_name = "run, SFT warm-up (App. D) and evaluation"
     output: Optional[str] = opt(None, "run folder (default: runs/DATE-TIME)")
     resume: Optional[str] = opt(None, "run folder to go on with")
     steps: int = opt(592, "rollout steps (Table 1); 0: stop after SFT")
     seed: int = opt(42, "of prompts, sampling and shuffling")
     save_every: int = opt(16, "steps between checkpoints, 0: only the last (official)")
+    report_to: Literal["none", "tensorboard", "wandb"] = opt("none", "besides metrics.jsonl")
+    sft_data: Optional[str] = opt(None, "train --model on this first: Eurus-2-SFT-Data's schema, or prompt and response")
+    sft_epochs: int = opt(3, "passes over it (App. D)")
+    sft_batch: int = opt(96, "examples an update (App. D)")
+    sft_lr: float = opt(1e-5, "peak learning rate: 10%% warm-up, then cosine (App. D)")
     eval_every: int = opt(16, "steps between evaluations, 0: only first and last (official)")
     eval_only: bool = opt(False, "evaluate --model on --eval-data, train nothing")
     eval_samples: int = opt(0, "besides greedy, N samples a problem: avg@N, pass@k, majority (Table 12: 16)")
     eval_temperature: float = opt(0.3, "of those samples (Table 12)")
-    inspect: bool = opt(False, "evaluations write a page that shades tokens by process reward; needs --eval-samples")
-    report_to: Literal["none", "tensorboard", "wandb"] = opt("none", "besides metrics.jsonl")
+    inspect: bool = opt(False, "with --eval-only and --prm: write a page that shades tokens by process reward")
 
-SECTIONS = (ModelOptions, DataOptions, RolloutOptions, RewardOptions, PRMOptions, PolicyOptions, SFTOptions, RunOptions)
+SECTIONS = (DataOptions, RolloutOptions, RewardOptions, PRMOptions, PolicyOptions, RunOptions)
 
 @dataclass
 class Config(*SECTIONS):
@@ -178,9 +166,9 @@ class Config(*SECTIONS):
 # The built-in experiment: what differs from the paper's values where --data is absent or 'miniature' ...
 MINIATURE = dict(
     data="miniature", eval_data=["miniature-test"], template="none", max_prompt_tokens=16, max_response_tokens=48,
-    dtype="float32", rollout="hf", rollout_batch=512, prompts_per_step=32, oversample=1.25, minibatch=128,
-    prm_minibatch=128, lr=1e-4, prm_lr=2e-4, critic_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4,
-    eval_temperature=1.0, prm_probe_every=1, verify_workers=1)
+    dtype="float32", rollout="hf", rollout_batch=512, prompts_per_step=32, minibatch=128, prm_minibatch=128, lr=1e-4,
+    prm_lr=2e-4, critic_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4, eval_temperature=1.0,
+    prm_probe_every=1)
 # ... and without --model, whose SFT model is then made first, from nothing.
 MINIATURE_SFT = dict(sft_data="miniature", sft_epochs=1, sft_batch=48, sft_lr=3e-3)
 
@@ -197,47 +185,46 @@ def check_config(cfg: Config, world: int) -> None:
         if not right:
             raise UserError(message)
 
+    for name, value in dataclasses.asdict(cfg).items():
+        need(not isinstance(value, (int, float)) or 0 <= value < math.inf, f"{flag(name)} must not be negative or infinite")
     for name in ("prompts_per_step", "group_size", "minibatch", "prm_minibatch", "token_budget", "max_response_tokens",
-                 "max_prompt_tokens", "ppo_epochs", "rollout_batch", "sft_batch", "sft_epochs", "max_draws", "oversample"):
+                 "max_prompt_tokens", "ppo_epochs", "rollout_batch", "sft_batch", "sft_epochs", "max_draws"):
         need(getattr(cfg, name) >= 1, f"{flag(name)} must be at least 1, not {getattr(cfg, name)}")
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        need(not isinstance(value, (int, float)) or 0 <= value < math.inf, f"{flag(f.name)} must not be negative or infinite")
     need(cfg.gamma <= 1, "--gamma must be at most 1")
     need(0 < cfg.vllm_memory <= 1, "--vllm-memory is a share: above 0, at most 1")
-    need(cfg.verify_timeout > 0 and cfg.verify_workers != 0, "--verify-timeout and --verify-workers must be positive")
+    need(uses_vllm(cfg) or not cfg.importance_cap, "--importance-cap corrects for vLLM's rounding: it needs --rollout vllm")
+    need(cfg.verify_timeout > 0, "--verify-timeout must be positive")
     need(cfg.data or cfg.eval_only or not cfg.steps, "--data is missing: name the RL prompts (or --steps 0: SFT alone)")
     need(cfg.model or cfg.sft_data == cfg.data == "miniature", "--model is missing: name the SFT model to start from")
-    need(not cfg.eval_only or cfg.eval_data, "--eval-only needs --eval-data: name one or several sets")
     need(not cfg.sft_data or cfg.sft_batch % world == 0, f"--sft-batch {cfg.sft_batch} is not a multiple of {world} processes")
-    need(not cfg.inspect or cfg.eval_samples, "--inspect shows sampled responses: give --eval-samples")
+    titles = [set_title(name) for name in cfg.eval_data or []]
+    need(len(titles) == len(set(titles)), "--eval-data holds two sets of one name: rename one")
+    if cfg.eval_only:
+        need(titles, "--eval-only needs --eval-data: name one or several sets")
+    need(not cfg.inspect or cfg.eval_only and cfg.prm, "--inspect needs --eval-only and --prm (training writes its page anyway)")
     if cfg.eval_only:
         return
-    need(cfg.group_size > 1 or cfg.estimator not in ("rloo", "grpo"),
-         f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator} needs at least 2")
+    need(cfg.group_size > 1 or cfg.estimator not in ("rloo", "grpo") and cfg.prm_loss == "ce",
+         f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator}, --prm-loss {cfg.prm_loss} need 2")
     need(cfg.temperature > 0, "--temperature 0 samples the same response K times: give a positive one")
     need(cfg.filter_low <= cfg.filter_high <= 1, "--filter-low and --filter-high must satisfy low <= high <= 1")
     batch = cfg.prompts_per_step * cfg.group_size
-    for name in ("minibatch", "prm_minibatch"):
-        size = getattr(cfg, name)
-        need(batch % size == 0, f"{flag(name)} {size} does not divide the batch of {batch} responses "
-                                "(--prompts-per-step times --group-size)")
-        need(size % world == 0, f"{flag(name)} {size} is not a multiple of the {world} processes")
+    for name, size in (("--minibatch", cfg.minibatch), ("--prm-minibatch", cfg.prm_minibatch)):
+        need(batch % size == 0, f"{name} {size} does not divide the {batch} responses of --prompts-per-step times --group-size")
+        need(size % world == 0, f"{name} {size} is not a multiple of the {world} processes")
     need(cfg.prm_minibatch % cfg.group_size == 0, f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
     need(cfg.prm_ref in ("sft", "policy"), "--prm-ref is 'sft' or 'policy' (a folder with --eval-only)")
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
     need(cfg.process_baseline == "token-mean" or cfg.estimator == "rloo", "--process-baseline belongs to --estimator rloo")
     need(cfg.granularity == "token" or cfg.gamma == 1, "--granularity whole knows no --gamma")
-    need(cfg.prm_loss == "ce" or cfg.group_size > 1, "--prm-loss dpo pairs the responses of a group: --group-size 2 or more")
     if cfg.prm_update == "none":
         need(cfg.prm_loss == "ce" and not cfg.prm_warmup_steps, "--prm-update none: drop --prm-loss and --prm-warmup-steps")
         need(cfg.prm or cfg.reward == "outcome", "--prm-update none leaves the SFT model as PRM, all rewards 0: name a --prm")
-    if cfg.prm_role == "value":
-        need(cfg.reward == "prime" and cfg.estimator == "rloo" and cfg.granularity == "token" and cfg.gamma == 1,
-             "--prm-role value replaces the estimator: leave --reward, --estimator, --granularity and --gamma alone")
-    if cfg.reward == "outcome":
-        for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma"):
-            need(getattr(cfg, name) == getattr(Config, name), f"--reward outcome has no process reward: drop {flag(name)}")
+    need(cfg.prm_role == "reward" or (cfg.reward, cfg.estimator, cfg.granularity, cfg.gamma) == ("prime", "rloo", "token", 1),
+         "--prm-role value replaces the estimator: leave --reward, --estimator, --granularity and --gamma alone")
+    for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma"):
+        need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
+             f"--reward outcome has no process reward: drop {flag(name)}")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems: a prompt, and what its responses are verified against.
@@ -255,10 +242,8 @@ class Problem:
     reference: object
 
 def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Problem:
-    """Understand one data row: Eurus-2-RL-Data's schema, plain columns, or those of the usual benchmarks.
-
-    where: names the row in the UserError raised if it has no prompt or no answer.
-    """
+    """Understand a row in Eurus-2-RL-Data's schema, plain columns, or those of the usual benchmarks; where names it in
+    the UserError raised if it has no prompt or no answer. suffix is added to plain prompts (None: the task's own)."""
     def first(*names):
         return next((row[n] for n in names if row.get(n) not in (None, "", [])), None)
 
@@ -276,54 +261,56 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
             reference["fn_name"] = json.loads(row["metadata"])["func_name"]
     else:
         task, reference = "math", first("answer", "expected_answer", "final_answer")
-        if isinstance(reference, list):  # OlympiadBench
-            reference = ", ".join(map(str, reference))
         if reference is None and isinstance(row.get("solution"), str):  # MATH, Minerva: in the worked solution
             reference = verify.extract_answer(row["solution"])
-        reference = None if reference is None else str(reference)
+        if reference is not None:  # a list: OlympiadBench
+            reference = ", ".join(map(str, reference)) if isinstance(reference, list) else str(reference)
     if not prompt:
         raise UserError(f"{where}: no prompt (a column problem, question or prompt)")
     if reference in (None, "") or task not in ("math", "code"):
         raise UserError(f"{where}: no answer (a column answer, tests or reward_model), or ability neither math nor code")
-    if isinstance(prompt, list):
-        if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
-            raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
-        return Problem(prompt, task, reference)
-    return Problem(str(prompt) + ((MATH_SUFFIX if task == "math" else CODE_SUFFIX) if suffix is None else suffix), task, reference)
+    if not isinstance(prompt, list):
+        prompt = str(prompt) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
+    elif not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
+        raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
+    return Problem(prompt, task, reference)
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 def load_rows(name: str, option: str, split: str = "train"):
     """The rows of a .jsonl or .parquet file or of a hub data set: a list of dicts, or an Arrow table of them."""
-    if name.endswith(".jsonl"):
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{option} {name}: cannot be read ({e})") from None
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as e:
-                raise UserError(f"{option} {name}, line {number}: not JSON ({e})") from None
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{option} {name}, line {number}: not a JSON object")
-        return rows
-    if not find_spec("datasets"):
-        raise UserError(f"{option} {name}: pip install datasets, or give a .jsonl file")
-    import datasets
+    rows = []
     try:
-        if name.endswith(".parquet"):
-            return datasets.Dataset.from_parquet(name)
-        splits = datasets.load_dataset(name)
-        return splits[split] if split in splits else next(iter(splits.values()))
+        if name.endswith(".jsonl"):
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        else:
+            import datasets
+            if name.endswith(".parquet"):
+                return datasets.Dataset.from_parquet(name)
+            splits = datasets.load_dataset(name)
+            return splits[split] if split in splits else next(iter(splits.values()))
     except Exception as e:  # the hub client raises dozens of kinds
-        raise UserError(f"{option} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:200]})") from None
+        raise UserError(f"{option} {name}: cannot be loaded ({first_line(e)})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{option} {name}, line {number}: not a JSON object ({e})") from None
+    return rows
+
+def set_title(name: str) -> str:
+    """The short name of a data set, in metrics and file names."""
+    return Path(name).stem
 
 class Problems:
     """A sequence of Problem over one data set, each row converted when asked for."""
 
     def __init__(self, name: str, cfg: Config, split: str = "train", option: str = "--data"):
-        self.name, self.suffix = name, cfg.prompt_suffix
-        self.rows = miniature_rows(name, option) if name.startswith("miniature") else load_rows(name, option, split)
+        builtin = name.startswith("miniature") and not Path(name).suffix
+        self.name, self.suffix = name, "" if builtin else cfg.prompt_suffix
+        self.rows = miniature_rows(name, option) if builtin else load_rows(name, option, split)
         if not len(self.rows):
             raise UserError(f"{option} {name} holds no rows")
         for i in range(len(self.rows)) if isinstance(self.rows, list) else ():
@@ -333,61 +320,56 @@ class Problems:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Problem:
-        return problem_from_row(self.rows[i], f"{self.name}, line {i + 1}", "" if self.name.startswith("miniature") else self.suffix)
-
-def encode_prompt(prompt: list | str, tokenizer, cfg: Config) -> list[int]:
-    """Token ids of a prompt in the format of --template; the chat template is applied exactly once."""
-    if cfg.template != "chat":
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        text = ZERO_TEMPLATE.format(text) if cfg.template == "zero" else text
-        return tokenizer(text, add_special_tokens=cfg.template == "zero")["input_ids"]
-    if not tokenizer.chat_template:
-        raise UserError("--template chat: the model's tokenizer has no chat template; give --template zero or none")
-    return tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, return_dict=True)["input_ids"]
+        return problem_from_row(self.rows[i], f"{self.name}, line {i + 1}", self.suffix)
 
 def as_chat(prompt: list | str, cfg: Config) -> list[dict]:
     """A prompt as chat messages."""
-    if isinstance(prompt, list):
-        return prompt
     system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
-    return system + [{"role": "user", "content": prompt}]
+    return prompt if isinstance(prompt, list) else system + [{"role": "user", "content": prompt}]
+
+def encode_prompt(prompt: list | str, tokenizer, cfg: Config) -> list[int]:
+    """Token ids of a prompt in the format of --template; the chat template is applied exactly once."""
+    if cfg.template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError("--template chat: the model's tokenizer has no chat template; give --template zero or none")
+        return tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, return_dict=True)["input_ids"]
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = ZERO_TEMPLATE.format(text) if cfg.template == "zero" else text
+    return tokenizer(text, add_special_tokens=cfg.template == "zero")["input_ids"]
+
+@functools.lru_cache(2)
+def shuffled(n: int, seed: str) -> list[int]:
+    """The numbers below n in an order of their own for each seed."""
+    return random.Random(seed).sample(range(n), n)
 
 class PromptQueue:
     """Prompts in shuffled epochs, drawn in one global order; prompts put back come first. Its state is JSON."""
 
     def __init__(self, problems: Problems, tokenizer, cfg: Config):
         self.problems, self.tokenizer, self.cfg = problems, tokenizer, cfg
-        self.load({"epoch": 0, "position": 0, "head": [], "pass_rate": 1.0, "too_long": 0})
-
-    def load(self, state: dict):
-        """Go on from a saved state."""
-        self.state = state
-        self.order = random.Random(f"{self.cfg.seed} {state['epoch']}").sample(range(len(self.problems)), len(self.problems))
+        self.state = {"position": 0, "head": [], "pass_rate": 1.0, "too_long": 0}
 
     def draw(self, n: int) -> list[tuple[int, list[int]]]:
         """The next n prompts that are short enough, as (problem index, token ids)."""
-        drawn, skipped, state = [], 0, self.state
+        drawn, state, skipped = [], self.state, 0
         while len(drawn) < n:
-            if not state["head"] and state["position"] == len(self.order):
-                self.load(state | {"epoch": state["epoch"] + 1, "position": 0})
-                state = self.state
             if state["head"]:
                 index = state["head"].pop(0)
             else:
-                index = self.order[state["position"]]
+                epoch, position = divmod(state["position"], len(self.problems))
+                index = shuffled(len(self.problems), f"{self.cfg.seed} epoch {epoch}")[position]
                 state["position"] += 1
             ids = encode_prompt(self.problems[index].prompt, self.tokenizer, self.cfg)
             if len(ids) <= self.cfg.max_prompt_tokens:
                 drawn.append((index, ids))
-                skipped = 0
-            else:
-                state["too_long"] += 1
-                skipped += 1
-                if skipped >= len(self.problems):
-                    raise UserError(f"--max-prompt-tokens {self.cfg.max_prompt_tokens}: all {skipped} prompts are longer")
+                continue
+            state["too_long"] += 1
+            skipped += 1
+            if not drawn and skipped >= len(self.problems):
+                raise UserError(f"--max-prompt-tokens {self.cfg.max_prompt_tokens}: all {skipped} prompts are longer")
         return drawn
 
-    def put_back(self, indices: list[int]):
+    def put_back(self, indices: list[int]) -> None:
         """Return prompts whose rollouts were not used to the head of the queue."""
         self.state["head"] = indices + self.state["head"]
 
@@ -396,8 +378,11 @@ class PromptQueue:
 
 MINIATURE_SIZES = {"miniature-test": 512, "miniature-val": 512, "miniature": 20000}  # disjoint, fixed
 
-def miniature_question(rng: random.Random) -> str:
-    return str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(6)) + "="
+def miniature_questions(seed: str) -> Iterator[str]:
+    """Chains without end."""
+    rng = random.Random(seed)
+    while True:
+        yield str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(6)) + "="
 
 def miniature_solution(question: str, fact=lambda a, op, b, right: right) -> list[str]:
     """Each step `a+b=c` of a chain; fact may write another result than the right one."""
@@ -413,12 +398,11 @@ def miniature_rows(name: str, option: str = "--data") -> list[dict]:
     """The problems of one of MINIATURE_SIZES."""
     if name not in MINIATURE_SIZES:
         raise UserError(f"{option} {name}: the built-in sets are {', '.join(MINIATURE_SIZES)}")
-    rng, questions = random.Random("miniature"), {}
-    while len(questions) < sum(MINIATURE_SIZES.values()):
-        questions[miniature_question(rng)] = None
-    names, questions = list(MINIATURE_SIZES), list(questions)
-    start = sum(MINIATURE_SIZES[n] for n in names[:names.index(name)])
-    return [{"prompt": q, "answer": miniature_solution(q)[-1][-1]} for q in questions[start:start + MINIATURE_SIZES[name]]]
+    distinct = dict.fromkeys(itertools.islice(miniature_questions("miniature"), 30000))
+    for title, size in MINIATURE_SIZES.items():
+        questions = [distinct.popitem()[0] for _ in range(size)]
+        if title == name:
+            return [{"prompt": q, "answer": miniature_solution(q)[-1][-1]} for q in questions]
 
 def miniature_sft_rows(seed: int, n: int = 33600) -> list[dict]:
     """Worked solutions of a fallible teacher: a fixed fifth of the 300 facts is wrong 60% of the time, the rest 5%."""
@@ -432,10 +416,9 @@ def miniature_sft_rows(seed: int, n: int = 33600) -> list[dict]:
             return (right + misbelief[a, op, b]) % 10
         return rng.randrange(10) if rng.random() < 0.05 else right
 
-    while len(rows) < n:
-        question = miniature_question(rng)
+    for question in itertools.islice(miniature_questions(f"sft {seed}"), n):
+        steps = miniature_solution(question, fact)
         if question not in held_out:
-            steps = miniature_solution(question, fact)
             rows.append({"prompt": question, "response": ",".join(steps) + f",\\boxed{{{steps[-1][-1]}}}"})
     return rows
 
@@ -471,6 +454,7 @@ def setup_distributed() -> None:
         dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
 
 def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 def gather(item) -> list:
@@ -489,12 +473,10 @@ class TokenModel(nn.Module):
 
     def forward(self, ids: Tensor, predicts: Tensor, temperature: float = 1.0) -> Tensor:
         """ids (b, L), padded on the right; predicts (b, L-1), true where the next token is wanted -> (n,) float32.
-
-        Causal attention never looks at padding on the right, so no attention mask is needed or built.
-        """
+        Causal attention never looks at padding on the right, so no attention mask is needed or built."""
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
         if self.value_head is not None:
-            return self.value_head(hidden).squeeze(-1).float()
+            return self.value_head(hidden).sum(-1).float()
         weight, targets = self.lm.get_output_embeddings().weight, ids[:, 1:][predicts]
         chunks = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
         return torch.cat([checkpoint(chunk_logps, h, weight, t, temperature, use_reentrant=False) for h, t in chunks])
@@ -509,24 +491,21 @@ def from_pretrained(loader, name: str, option: str, **kwargs):
     try:
         return loader.from_pretrained(name, **kwargs)
     except Exception as e:  # the hub client and transformers raise dozens of kinds
-        raise UserError(f"{option} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:200]})") from None
+        raise UserError(f"{option} {name}: cannot be loaded ({first_line(e)})") from None
 
 def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = False, value_head: bool = False) -> TokenModel:
-    """Shard a model over the ranks. Rank 0 reads it and deals its parameters out one by one; the others never hold it.
-
-    Trained weights are float32 and computed with in --dtype; a frozen model is stored in --dtype: the same numbers.
-    """
+    """Shard a model over the ranks. Rank 0 reads it and deals its tensors out one by one; the others never hold it.
+    Trained weights are float32 and computed with in --dtype; a frozen model is stored in --dtype: the same numbers."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    compute = getattr(torch, cfg.dtype)
+    compute, values = getattr(torch, cfg.dtype), {}
     config = from_pretrained(AutoConfig, name, option)
     if any(getattr(config, key, None) not in (None, 0, 1) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
         raise UserError(f"{option} {name}: models that scale their logits are not supported")
     for key in [key for key in config.to_dict() if key.endswith(("dropout", "pdrop"))]:
         setattr(config, key, 0.0)
-    source, values = None, {}
     if dist.get_rank() == 0:
-        source = from_pretrained(AutoModelForCausalLM, name, option, config=config, dtype=torch.float32)
-        values = dict(TokenModel(source).named_parameters()) | dict(TokenModel(source).named_buffers())
+        source = TokenModel(from_pretrained(AutoModelForCausalLM, name, option, config=config, dtype=torch.float32))
+        values = dict(source.named_parameters()) | dict(source.named_buffers())
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=compute if frozen else torch.float32)
         model = TokenModel(lm, value_head).train()  # checkpointing asks for training mode; there is no dropout
@@ -534,24 +513,21 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     plan = dict(mesh=dist.device_mesh.init_device_mesh(device().type, (dist.get_world_size(),)),
                 mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-                offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy())
-    for block in lm.base_model.layers:
-        fully_shard(block, **plan)
-    fully_shard(model, **plan)
-    model.to_empty(device="cpu" if cfg.cpu_offload else device())
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            full = torch.zeros(p.shape, dtype=p.dtype, device=device())
-            if key in values:  # on rank 0; a critic's head starts from zero
-                full.copy_(values[key])
-            p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
-        for key, b in list(model.named_buffers()):  # rotary frequencies are in no state dict
-            full = values[key].to(device()) if values else torch.empty_like(b, device=device())
-            dist.broadcast(full, 0)
-            owner, _, leaf = key.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = full
-    lm.generation_config = source.generation_config if source else None
-    return model.requires_grad_(not frozen)
+                offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cfg.cpu_offload else OffloadPolicy())
+    for module in (*lm.base_model.layers, model):
+        fully_shard(module, **plan)
+    model.to_empty(device="cpu" if cfg.cpu_offload else device()).requires_grad_(not frozen)
+    for key, p in model.named_parameters():
+        full = torch.zeros(p.shape, dtype=p.dtype, device=device())
+        if key in values:  # on rank 0; a critic's head starts from zero
+            full.copy_(values[key].detach())
+        p.detach().to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
+    for key, b in list(model.named_buffers()):  # rotary frequencies, which no state dict holds
+        full = values[key].to(device()) if values else torch.empty_like(b, device=device())
+        dist.broadcast(full, 0)
+        owner, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, full)
+    return model
 
 def full_weights(model: TokenModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Stream a sharded model's (name, whole tensor) pairs, one at a time; every rank must run through all of them."""
@@ -560,60 +536,29 @@ def full_weights(model: TokenModel, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 def save_pretrained(model: TokenModel, tokenizer, folder: Path, **notes) -> None:
     """Write an ordinary transformers folder, complete or not at all; notes go into its implicit_prm.json."""
-    main, weights = dist.get_rank() == 0, {}
-    for name, tensor in full_weights(model, torch.float32):
-        if main:
-            weights[name] = tensor.cpu()
-    if main:
+    weights = {name: tensor.cpu() for name, tensor in full_weights(model, torch.float32) if dist.get_rank() == 0}
+    if weights:
         tmp = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model.lm)(model.lm.config)
-        shell.generation_config = model.lm.generation_config
         shell.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
-        if notes:
-            (tmp / "implicit_prm.json").write_text(json.dumps(notes))
+        (tmp / "implicit_prm.json").write_text(json.dumps(notes))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
     dist.barrier()
 
-class Learner:
-    """A trained model with its optimizer."""
-
-    def __init__(self, model: TokenModel, lr: float, weight_decay: float, grad_clip: float):
-        self.model, self.grad_clip = model, grad_clip
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-
-    def update(self) -> float:
-        """Clip, step, clear; returns the gradient norm before the clip."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm.full_tensor())
-
 @dataclass
-class Models:
-    """What train updates, and the frozen reference; None where the options need none."""
-    policy: Learner
-    prm: Optional[Learner] = None
-    ref: Optional[TokenModel] = None
-    critic: Optional[Learner] = None
-
-    @property
-    def learners(self) -> dict[str, Learner]:
-        """What a checkpoint holds."""
-        return {name: learner for name in ("policy", "prm", "critic") if (learner := getattr(self, name))}
-
-def load_models(name: str, cfg: Config) -> Models:
-    """Policy, PRM and reference, all from the model called name (Alg. 1), and PPO's critic."""
-    models = Models(Learner(load_model(name, cfg), cfg.lr, cfg.weight_decay, cfg.grad_clip))
-    if cfg.reward != "outcome":
-        models.prm = Learner(load_model(cfg.prm or name, cfg, "--prm"), cfg.prm_lr, cfg.prm_weight_decay, cfg.prm_grad_clip)
-        models.ref = load_model(name, cfg, frozen=True) if cfg.prm_ref == "sft" else None
-    if cfg.estimator == "ppo":
-        models.critic = Learner(load_model(name, cfg, value_head=True), cfg.critic_lr, 0.0, cfg.grad_clip)
-    return models
+class Rollout:
+    """One response: its tokens, the engine's log-probabilities of them, and its verified outcome in [0, 1]."""
+    index: int  # of the problem
+    prompt_ids: list[int]
+    ids: list[int]
+    logps: Optional[list[float]]  # None from the transformers engine, which computes as the trainer does
+    truncated: bool = False
+    text: str = ""
+    outcome: float = 0.0
 
 @dataclass
 class Batch:
@@ -622,10 +567,10 @@ class Batch:
     prompt_lengths: list[int]
     mask: Tensor  # (B, T)
     outcomes: Tensor  # (B,)
-    engine_logps: Tensor  # (B, T)
+    engine_logps: Optional[Tensor]  # (B, T)
 
     @staticmethod
-    def of(rollouts: list["Rollout"]) -> "Batch":
+    def of(rollouts: list[Rollout]) -> "Batch":
         """Rollouts as tensors."""
         def padded(rows):
             return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device())
@@ -634,32 +579,21 @@ class Batch:
                      prompt_lengths=[len(r.prompt_ids) for r in rollouts],
                      mask=padded([[1.0] * len(r.ids) for r in rollouts]),
                      outcomes=torch.tensor([r.outcome for r in rollouts], device=device()),
-                     engine_logps=padded([r.logps for r in rollouts]))
+                     engine_logps=padded([r.logps for r in rollouts]) if rollouts[0].logps else None)
 
     def blocks(self, size: int) -> list[range]:
         """Consecutive minibatches of size responses: whole groups, unshuffled."""
         return [range(len(self.tokens))[start:start + size] for start in range(0, len(self.tokens), size)]
 
-def micro_batches(lengths: list[int], token_budget: int, world: int = 1) -> list[list[int]]:
-    """Cut sequences, longest first, into micro-batches of similar length.
-
-    Each of the world ranks takes every world-th row of a micro-batch: at most token_budget tokens with padding, or one
-    row. Where world does not divide the number of sequences, the last one stands in several times.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def micro_batches(batch: Batch, rows: Iterable[int], cfg: Config) -> Iterator[list[int]]:
+    """This rank's share of the given rows, longest first, in micro-batches of --token-budget tokens with padding or of
+    one row; every rank gets equally many, the shortest row standing in where their number does not divide the rows'."""
+    order, rank, world = sorted(rows, key=lambda i: -len(batch.tokens[i])), dist.get_rank(), dist.get_world_size()
     order += order[-1:] * (-len(order) % world)
-    batches = []
     while order:
-        rows = world * max(1, token_budget // max(1, lengths[order[0]]))
-        batches.append(order[:rows])
-        order = order[rows:]
-    return batches
-
-def my_micro_batches(batch: Batch, rows: Iterable[int], cfg: Config) -> Iterator[list[int]]:
-    """This rank's share of each micro-batch of the given rows; every rank gets equally many."""
-    rows = list(rows)
-    for block in micro_batches([len(batch.tokens[i]) for i in rows], cfg.token_budget, dist.get_world_size()):
-        yield [rows[i] for i in block[dist.get_rank()::dist.get_world_size()]]
+        size = world * max(1, cfg.token_budget // len(batch.tokens[order[0]]))
+        yield order[:size][rank::world]
+        order = order[size:]
 
 def token_values(model: TokenModel, batch: Batch, rows: list[int], temperature: float = 1.0) -> Tensor:
     """Log-probabilities (or values) of the given rows' response tokens: (len(rows), T), zero outside the mask."""
@@ -671,43 +605,78 @@ def token_values(model: TokenModel, batch: Batch, rows: list[int], temperature: 
     return torch.zeros_like(batch.mask[rows]).masked_scatter(batch.mask[rows].bool(), values)
 
 def assemble(pieces: list[tuple[list[int], Tensor]], batch: Batch) -> Tensor:
-    """Each rank's (rows, (len(rows), T)) pieces -> the detached (B, T) tensor, on every rank."""
+    """Each rank's (rows, (len(rows), T)) pieces -> the (B, T) tensor, on every rank."""
     whole = torch.full_like(batch.mask, -torch.inf)
     for rows, values in pieces:
-        whole[rows] = values.detach()
+        whole[rows] = values
     dist.all_reduce(whole, dist.ReduceOp.MAX)
     return whole.masked_fill(batch.mask == 0, 0.0)
 
 @torch.no_grad()
 def score(model: TokenModel, batch: Batch, cfg: Config, minibatch: Optional[int] = None, temperature: float = 1.0) -> Tensor:
-    """token_values of the whole batch without gradients: (B, T), on every rank.
+    """token_values of the whole batch without gradients: (B, T), on every rank. It is cut as a training pass with this
+    minibatch would cut it, so that equal weights give equal numbers."""
+    pieces = [(mine, token_values(model, batch, mine, temperature))
+              for rows in batch.blocks(minibatch or len(batch.tokens)) for mine in micro_batches(batch, rows, cfg)]
+    model.reshard()  # FSDP keeps the root's parameters gathered for a backward pass that does not come
+    return assemble(pieces, batch)
 
-    It is cut as a training pass with this minibatch would cut it, so that equal weights give equal numbers.
-    """
-    return assemble([(mine, token_values(model, batch, mine, temperature))
-                     for rows in batch.blocks(minibatch or len(batch.tokens)) for mine in my_micro_batches(batch, rows, cfg)], batch)
+class Learner:
+    """A trained model with its optimizer."""
+
+    def __init__(self, model: TokenModel, lr: float, weight_decay: float, grad_clip: float):
+        self.model, self.grad_clip = model, grad_clip
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+    def update(self, batch: Batch, rows: Iterable[int], cfg: Config, loss, temperature: float = 1.0) -> tuple[float, float, list]:
+        """One optimizer step on the given rows of a batch, in micro-batches. loss(values, mine) is this micro-batch's share
+        of a loss with a global denominator. Returns that loss, the gradient norm before the clip, and (mine, values)."""
+        pieces, whole = [], torch.zeros((), device=batch.mask.device)
+        for mine in micro_batches(batch, rows, cfg):
+            values = token_values(self.model, batch, mine, temperature)
+            share = loss(values, mine)
+            (share * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks
+            whole += share.detach()
+            pieces.append((mine, values.detach()))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        dist.all_reduce(whole)
+        return float(whole), float(norm.full_tensor()), pieces
+
+@dataclass
+class Models:
+    """What train updates, and the frozen reference; None where the options need none."""
+    policy: Optional[Learner] = None
+    prm: Optional[Learner] = None
+    critic: Optional[Learner] = None
+    ref: Optional[TokenModel] = None
+
+    def learners(self) -> dict[str, Learner]:
+        """What a checkpoint holds."""
+        return {name: getattr(self, name) for name in ("policy", "prm", "critic") if getattr(self, name)}
+
+def load_models(name: str, cfg: Config) -> Models:
+    """Policy, PRM and reference, all from the model called name (Alg. 1), and PPO's critic."""
+    models = Models(Learner(load_model(name, cfg), cfg.lr, cfg.weight_decay, cfg.grad_clip))
+    if cfg.reward != "outcome":
+        models.prm = Learner(load_model(cfg.prm or name, cfg, "--prm"), cfg.prm_lr, cfg.prm_weight_decay, cfg.prm_grad_clip)
+        models.ref = load_model(name, cfg, frozen=True) if cfg.prm_ref == "sft" else None
+    if cfg.estimator == "ppo":
+        models.critic = Learner(load_model(name, cfg, value_head=True), cfg.critic_lr, 0.0, cfg.grad_clip)
+    return models
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout (Sec. 3): two engines with one small interface, verification beside generation, the online prompt filter.
-
-@dataclass
-class Rollout:
-    """One response: its tokens, the engine's log-probabilities of them, and its verified outcome in [0, 1]."""
-    index: int  # of the problem
-    prompt_ids: list[int]
-    ids: list[int]
-    logps: list[float]
-    truncated: bool = False
-    text: str = ""
-    outcome: float = 0.0
 
 class HFEngine:
     """Samples with transformers, from an unsharded copy of the policy on each rank."""
 
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
         self.lm = from_pretrained(AutoModelForCausalLM, name, "--model", dtype=getattr(torch, cfg.dtype)).to(device()).eval()
-        self.stop_ids, self.batch = torch.tensor(stop_ids, device=device()), cfg.rollout_batch
+        self.lm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0])  # no top-k of its own
+        self.stop_ids, self.batch = stop_ids, cfg.rollout_batch
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -722,67 +691,42 @@ class HFEngine:
     close = sleep
 
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
-        """K responses a prompt of token ids; yields (prompt number, ids, logps, truncated) as each one ends.
-
-        temperature 0 is greedy. Prompts of one length run without padding; finished rows leave the batch at once.
-        """
-        rng = torch.Generator(device()).manual_seed(seed)
+        """K responses a prompt of token ids; yields (prompt number, ids, logps or None, truncated). temperature 0: greedy."""
+        torch.manual_seed(seed)
+        sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
         order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, self.batch // k)
-        for start in range(0, len(order), size):
-            yield from self.decode([(i, prompts[i]) for i in order[start:start + size]], k, max_tokens, temperature, rng)
-
-    @torch.no_grad()
-    def decode(self, chunk, k, max_tokens, temperature, rng):
-        """generate for one batch of (number, prompt)."""
-        width = max(len(p) for _, p in chunk)
-        ids = torch.tensor([[0] * (width - len(p)) + p for _, p in chunk], device=device())
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in chunk], device=device())
-        padded = not bool(mask.all())
-        out = self.lm(input_ids=ids, attention_mask=mask if padded else None, use_cache=True, logits_to_keep=1,
-                      position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-        cache, logits, mask = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
-        cache.batch_repeat_interleave(k)  # the prompt was read once for its k responses
-        alive = torch.arange(len(mask), device=device())  # the rows that still run
-        tokens = torch.zeros(len(mask), max_tokens, dtype=torch.long, device=device())
-        logps = torch.zeros(len(mask), max_tokens, device=device())
-        for t in range(max_tokens):
-            log_probs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-            token = torch.multinomial(log_probs.exp(), 1, generator=rng) if temperature else log_probs.argmax(-1, keepdim=True)
-            tokens[alive, t], logps[alive, t] = token[:, 0], log_probs.gather(-1, token)[:, 0]
-            stopped = torch.isin(token[:, 0], self.stop_ids)
-            ended = stopped if t + 1 < max_tokens else torch.ones_like(stopped)
-            if ended.any():
-                for row, stop in zip(alive[ended].tolist(), stopped[ended].tolist()):
-                    yield chunk[row // k][0], tokens[row, :t + 1].tolist(), logps[row, :t + 1].tolist(), not stop
-                going = (~ended).nonzero()[:, 0]
-                if not len(going):
-                    return
-                alive, token, mask = alive[going], token[going], mask[going]
-                cache.batch_select_indices(going)
-            mask = F.pad(mask, (0, 1), value=1)
-            logits = self.lm(input_ids=token, attention_mask=mask if padded else None, past_key_values=cache, use_cache=True,
-                             position_ids=mask.sum(-1, keepdim=True) - 1).logits[:, -1]
+        for chunk in [order[start:start + size] for start in range(0, len(order), size)]:
+            width = max(len(prompts[i]) for i in chunk)
+            padding = [width - len(prompts[i]) for i in chunk]
+            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, chunk)], device=device())
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device())
+            out = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, num_return_sequences=k, **sampling)
+            for row, tokens in enumerate(out[:, width:].tolist()):
+                length = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
+                yield chunk[row // k], tokens[:length], None, length is None
 
 class VLLMEngine:
     """Samples with vLLM, one engine in each rank's process (data-parallel rollouts), asleep while training."""
 
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: weights pass by reference, no process is left over
+        self.cuda, self.asleep, self.requests = torch.cuda.is_available(), False, 0
+        launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         try:
             import vllm
-        except ImportError as e:
-            raise UserError(f"--rollout vllm: vllm cannot be imported ({e}); pip install vllm, or --rollout hf") from None
-        self.cuda, self.asleep, self.requests = torch.cuda.is_available(), False, 0
+            self.llm = vllm.LLM(
+                name, dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, seed=cfg.seed,
+                gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
+                logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
+        except (ImportError, ValueError, RuntimeError) as e:
+            raise UserError(f"--rollout vllm: the engine does not start ({first_line(e)}); pip install vllm, another "
+                            "--vllm-memory, or --rollout hf") from None
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
-        launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-        self.llm = vllm.LLM(
-            name, dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, seed=cfg.seed,
-            gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
-            logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Wake, and take the policy's weights."""
         if self.asleep:
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.cuda:  # the CPU build computes with a packed copy of a tied head, which the reload leaves stale
@@ -823,6 +767,10 @@ def repack_tied_head(model) -> None:
     if getattr(model.config, "tie_word_embeddings", False):
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
+def uses_vllm(cfg: Config) -> bool:
+    """Whether --rollout asks for vLLM on this machine."""
+    return cfg.rollout == "vllm" or cfg.rollout == "auto" and torch.cuda.is_available() and find_spec("vllm") is not None
+
 def make_engine(name: str, tokenizer, cfg: Config):
     """The engine that --rollout asks for."""
     from transformers import GenerationConfig
@@ -830,60 +778,51 @@ def make_engine(name: str, tokenizer, cfg: Config):
     with contextlib.suppress(OSError):  # a model may lack a generation_config.json
         ids = GenerationConfig.from_pretrained(name).eos_token_id
         stop |= set(ids if isinstance(ids, list) else [ids])
-    vllm = cfg.rollout == "vllm" or cfg.rollout == "auto" and torch.cuda.is_available() and find_spec("vllm")
-    return (VLLMEngine if vllm else HFEngine)(name, cfg, sorted(stop - {None}))
+    return (VLLMEngine if uses_vllm(cfg) else HFEngine)(name, cfg, sorted(stop - {None}))
 
-@dataclass
 class Sampler:
-    """What turns prompts into verified rollouts."""
-    engine: HFEngine | VLLMEngine
-    verifier: verify.Verifier
-    tokenizer: object
-    cfg: Config
-    policy: Optional[TokenModel]  # None: the engine's own weights are the ones wanted
+    """What turns prompts into verified rollouts: an engine and a verifier on each rank."""
 
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, name: str, tokenizer, cfg: Config, policy: Optional[TokenModel] = None):
-        """Start the engine and the verifier; stop both at the end, the engine last."""
-        engine = make_engine(name, tokenizer, cfg)
-        try:
-            with verify.Verifier(cfg.verify_workers, cfg.verify_timeout, sandbox=cfg.sandbox) as verifier:
-                yield cls(engine, verifier, tokenizer, cfg, policy)
-        finally:
-            engine.close()
+    def __init__(self, name: str, tokenizer, cfg: Config):
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.verifier = verify.Verifier(timeout=cfg.verify_timeout, sandbox=cfg.sandbox)  # before vLLM hides the local ranks
+        self.engine = make_engine(name, tokenizer, cfg)
+
+    def __enter__(self):
+        self.verifier.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.verifier.__exit__(*error)
+        self.engine.close()
 
     @contextlib.contextmanager
-    def awake(self):
-        """The engine awake, with the policy's weights; asleep afterwards."""
-        if self.policy is not None:
-            self.engine.sync(full_weights(self.policy, getattr(torch, self.cfg.dtype)))
+    def awake(self, policy: Optional[Learner]):
+        """The engine awake, with the policy's weights (None: its own); asleep afterwards."""
+        if policy:
+            self.engine.sync(full_weights(policy.model, getattr(torch, self.cfg.dtype)))
         yield
-        if self.policy is not None:
-            self.engine.sleep()
+        self.engine.sleep()
 
     def sample(self, problems: Problems, prompts: list[tuple[int, list[int]]], k: int, temperature: float, seed: str,
                bar: Optional[tqdm] = None) -> list[list[Rollout]]:
-        """K verified rollouts of each (problem index, token ids), in the order given, on every rank.
-
-        The prompts are dealt over the ranks; a response goes to the verifier while others are still being generated.
-        """
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mine, pending = prompts[rank::world], []
+        """K verified rollouts of each (problem index, token ids), in the order given, on every rank. The prompts are dealt
+        over the ranks; a response goes to the verifier while others are still being generated."""
+        rank, world, cfg = dist.get_rank(), dist.get_world_size(), self.cfg
+        mine, futures = prompts[rank::world], []
         groups = [[] for _ in mine]
-        number = random.Random(f"{self.cfg.seed} {seed} rank {rank}").getrandbits(31)
-        for i, ids, logps, truncated in self.engine.generate(
-                [ids for _, ids in mine], k, self.cfg.max_response_tokens, temperature, number):
-            (index, prompt_ids), text = mine[i], self.tokenizer.decode(ids, skip_special_tokens=True)
-            groups[i].append(Rollout(index, prompt_ids, ids, logps, truncated, text))
+        number = random.Random(f"{cfg.seed} {seed} rank {rank}").getrandbits(31)
+        for i, ids, logps, truncated in self.engine.generate([p for _, p in mine], k, cfg.max_response_tokens, temperature, number):
+            index, prompt_ids = mine[i]
+            text, problem = self.tokenizer.decode(ids, skip_special_tokens=True), problems[index]
             try:
-                future = self.verifier.submit(text, problems[index].task, problems[index].reference)
+                future = self.verifier.submit(text, problem.task, problem.reference)
             except RuntimeError as e:  # no sandbox for programs
-                raise UserError(f"--sandbox {self.cfg.sandbox}: {e}") from None
-            pending.append((groups[i][-1], future))
-            if bar is not None:
-                bar.update(world)
-        for rollout, future in pending:
+                raise UserError(f"--sandbox {cfg.sandbox}: {e}") from None
+            groups[i].append(Rollout(index, prompt_ids, ids, logps, truncated, text))
+            futures.append((groups[i][-1], future))
+            bar and bar.update(world)
+        for rollout, future in futures:
             rollout.outcome = float(future.result())
         parts = gather(groups)
         return [parts[i % world][i // world] for i in range(len(prompts))]
@@ -894,11 +833,8 @@ def accuracy_filter(outcomes: Tensor, group_size: int, low: float, high: float) 
     return (accuracy >= low - 1e-6) & (accuracy <= high + 1e-6)
 
 def collect_rollouts(sampler: Sampler, queue: PromptQueue, cfg: Config, step: int) -> tuple[list[Rollout], list[Rollout], dict]:
-    """Algorithm 1's sampling: draw, verify and filter groups until the batch is full.
-
-    Groups are accepted in the order drawn. Surplus groups' prompts return to the queue, their rollouts are dropped.
-    Returns (rollouts kept, all rollouts considered, metrics).
-    """
+    """Algorithm 1's sampling: draw, verify and filter groups until the batch is full; groups are accepted in the order
+    drawn, prompts of surplus groups return to the queue. Returns (rollouts kept, all rollouts considered, metrics)."""
     kept, considered, drawn = [], [], 0
     while len(kept) < cfg.prompts_per_step:
         if drawn >= cfg.max_draws * cfg.prompts_per_step:
@@ -906,8 +842,7 @@ def collect_rollouts(sampler: Sampler, queue: PromptQueue, cfg: Config, step: in
             raise UserError(f"--data {cfg.data}: only {len(kept)} of {cfg.prompts_per_step} prompts passed the filter in {drawn} "
                             f"draws, mean accuracy {accuracy:.2f}; fitting problems, wider --filter-low and --filter-high or "
                             "a larger --max-draws would help")
-        missing = cfg.prompts_per_step - len(kept)
-        prompts = queue.draw(math.ceil(missing * cfg.oversample / queue.state["pass_rate"]))
+        prompts = queue.draw(math.ceil((cfg.prompts_per_step - len(kept)) / queue.state["pass_rate"]))
         groups = sampler.sample(queue.problems, prompts, cfg.group_size, cfg.temperature, f"step {step} draw {drawn}")
         drawn += len(prompts)
         for n, group in enumerate(groups):
@@ -920,15 +855,16 @@ def collect_rollouts(sampler: Sampler, queue: PromptQueue, cfg: Config, step: in
             if fits and not (cfg.drop_truncated and any(r.truncated for r in group)):
                 kept.append(group)
         queue.state["pass_rate"] = max(0.1, len(kept) / len(considered))
-    responses = [r for group in considered for r in group]
+    batch, responses = ([r for group in groups for r in group] for groups in (kept, considered))
     count = len(responses)
-    return [r for group in kept for r in group], responses, {
-        "rollout/accuracy": sum(r.outcome for r in responses) / count, "rollout/kept_prompts": len(kept),
-        "rollout/considered_prompts": len(considered), "rollout/drawn_prompts": drawn,
+    return batch, responses, {
+        "rollout/accuracy": sum(r.outcome for r in responses) / count,
+        "reward/outcome": sum(r.outcome for r in batch) / len(batch),
+        "rollout/kept_prompts": len(kept), "rollout/considered_prompts": len(considered), "rollout/drawn_prompts": drawn,
         "rollout/equal_groups": sum(len({r.outcome for r in group}) == 1 for group in kept),
         "rollout/truncated": sum(r.truncated for r in responses) / count,
-        "rollout/length": sum(len(r.ids) for r in responses) / count,
-        "rollout/too_long_prompts": queue.state["too_long"], "rollout/epoch": queue.state["epoch"]}
+        "rollout/length": sum(len(r.ids) for r in responses) / count, "rollout/too_long_prompts": queue.state["too_long"],
+        "rollout/epoch": queue.state["position"] // len(queue.problems)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Implicit process reward (Eq. 3) and the PRM's loss. From here on the mathematics: tensors in, tensors out.
@@ -941,9 +877,7 @@ def implicit_rewards(prm_logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: f
 
 def prm_loss(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, denominator: Optional[float] = None) -> Tensor:
     """Cross-entropy of sigma(R_phi(y)), R_phi = sum_t r_phi(y_t), on outcomes (B,) in [0, 1]: (B, T) -> ().
-
-    denominator: responses of the global minibatch (default: of this call), so that micro-batches add up to its mean.
-    """
+    denominator: responses of the global minibatch (default: of this call), so that micro-batches add up to its mean."""
     logits = (process_rewards * mask).sum(-1)
     return F.binary_cross_entropy_with_logits(logits, outcomes, reduction="sum") / (denominator or len(outcomes))
 
@@ -959,8 +893,8 @@ def normalize_rewards(process_rewards: Tensor, mask: Tensor) -> Tensor:
     return process_rewards / largest if largest >= NORM_FLOOR else process_rewards
 
 def prm_metrics(sequence_rewards: Tensor, outcomes: Tensor, group_size: int) -> dict[str, float]:
-    """How well R_phi (B,) tells right (outcome above 1/2) from wrong. Chance is 0.5 for auc and for pair_accuracy, over the
-    pairs of a group whose outcomes differ; accuracy is to be read beside the majority's share."""
+    """How well R_phi (B,) tells right (outcome above 1/2) from wrong. Chance is 0.5 for auc and for pair_accuracy, over
+    the pairs of a group whose outcomes differ; accuracy is to be read beside the majority's share."""
     def ordered(high, low, pairs):
         margins = (high - low)[pairs]
         return float(((margins > 0) + 0.5 * (margins == 0)).mean()) if margins.numel() else 0.5
@@ -974,39 +908,38 @@ def prm_metrics(sequence_rewards: Tensor, outcomes: Tensor, group_size: int) -> 
 def score_and_update_prm(prm: Optional[Learner], ref_logps: Optional[Tensor], batch: Batch,
                          cfg: Config) -> tuple[Optional[Tensor], dict]:
     """The batch's process rewards (B, T), detached, the PRM's updates on its outcomes, and metrics; None without a PRM.
-
     --prm-update says which PRM scores a response: single, the forward of its own training minibatch (as published);
-    score-first, the PRM before any update; double, the PRM after all; none, a PRM that is never updated.
-    """
+    score-first, the PRM before any update; double, the PRM after all; none, a PRM that is never updated."""
     if prm is None:
         return None, {}
-    scores = score(prm.model, batch, cfg, cfg.prm_minibatch) if cfg.prm_update in ("score-first", "none") else None
-    passes, losses, norms = [], [], []
+
+    def score_all():
+        return score(prm.model, batch, cfg, cfg.prm_minibatch)
+
+    def rewards_of(logps, mine):
+        return implicit_rewards(logps, ref_logps[mine], batch.mask[mine], cfg.beta)
+
+    everything, pieces, losses, norms = slice(None), [], [], []
+    scores = score_all() if cfg.prm_update in ("score-first", "none") else None
     for rows in batch.blocks(cfg.prm_minibatch) if cfg.prm_update != "none" else []:
-        loss = torch.zeros((), device=batch.mask.device)
         if cfg.prm_loss == "dpo":  # dL/dR_phi(y) from a pass without gradients, so that micro-batches may split groups
-            logps = score(prm.model, batch, cfg, cfg.prm_minibatch)
-            sums = implicit_rewards(logps, ref_logps, batch.mask, cfg.beta).sum(-1).requires_grad_()
-            loss = dpo_loss(sums[rows], batch.outcomes[rows], cfg.group_size)
-            slope, = torch.autograd.grad(loss, sums)
-        for mine in my_micro_batches(batch, rows, cfg):
-            logps = token_values(prm.model, batch, mine)
-            rewards = implicit_rewards(logps, ref_logps[mine], batch.mask[mine], cfg.beta)
-            if cfg.prm_loss == "dpo":
-                backward((rewards.sum(-1) * slope[mine]).sum())
-            else:
-                loss += backward(prm_loss(rewards, batch.outcomes[mine], batch.mask[mine], len(rows)))
-            passes.append((mine, logps))
-        losses.append(float(loss if cfg.prm_loss == "dpo" else total(loss)))
-        norms.append(prm.update())
-    if cfg.prm_update == "single":
-        scores = assemble(passes, batch)
-    elif cfg.prm_update == "double":
-        scores = score(prm.model, batch, cfg, cfg.prm_minibatch)
-    rewards = implicit_rewards(scores, ref_logps, batch.mask, cfg.beta)
+            sums = rewards_of(score_all(), everything).sum(-1).requires_grad_()
+            dpo = dpo_loss(sums[rows], batch.outcomes[rows], cfg.group_size)
+            slope, = torch.autograd.grad(dpo, sums)
+            loss, norm, passes = prm.update(batch, rows, cfg, lambda logps, mine: (rewards_of(logps, mine).sum(-1) * slope[mine]).sum())
+            loss = float(dpo.detach())
+        else:
+            loss, norm, passes = prm.update(batch, rows, cfg, lambda logps, mine: prm_loss(
+                rewards_of(logps, mine), batch.outcomes[mine], batch.mask[mine], len(rows)))
+        losses.append(loss)
+        norms.append(norm)
+        pieces += passes
+    if scores is None:
+        scores = assemble(pieces, batch) if cfg.prm_update == "single" else score_all()
+    rewards = rewards_of(scores, everything)
     metrics = {f"prm/{key}": value for key, value in prm_metrics(rewards.sum(-1), batch.outcomes, cfg.group_size).items()}
-    if norms:
-        metrics |= {"prm/loss": sum(losses) / len(losses), "prm/first_loss": losses[0], "prm/grad_norm": sum(norms) / len(norms)}
+    if losses:
+        metrics |= {"prm/loss": fmean(losses), "prm/first_loss": losses[0], "prm/grad_norm": fmean(norms)}
     return rewards, metrics | {"reward/process": float(rewards.sum(-1).mean()), "reward/process_max": float(rewards.abs().max())}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1032,18 +965,15 @@ def leave_one_out(values: Tensor, group_size: int) -> Tensor:
 def rloo_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, group_size: int, gamma: float = 1.0,
                     baseline: str = "token-mean") -> Tensor:
     """Eq. 5, not whitened: process_rewards (B, T), outcomes (B,) -> (B, T).
-
     A_t = sum_{s>=t} gamma^(s-t) [r_phi(y_s) - b_phi] + r_o - b_o; baselines are means over the other responses, b_phi of
     their token means (the text of Sec. 3.2; the printed formula sums). baseline "official" is the released code's
-    r * K/(K-1) - (sum of all K token means)/(K-1), which stretches by K/(K-1) what varies inside a response.
-    """
+    r * K/(K-1) - (sum of all K token means)/(K-1), which stretches by K/(K-1) what varies inside a response."""
     assert group_size > 1, "leave-one-out needs two responses a prompt"
     means = token_means(process_rewards, mask)
+    centered = process_rewards - leave_one_out(means, group_size)[:, None]
     if baseline == "official":
         everyone = means.view(-1, group_size).sum(-1).repeat_interleave(group_size)
         centered = (process_rewards * group_size - everyone[:, None]) / (group_size - 1)
-    else:
-        centered = process_rewards - leave_one_out(means, group_size)[:, None]
     return (discounted_returns(centered * mask, gamma) + (outcomes - leave_one_out(outcomes, group_size))[:, None]) * mask
 
 def reinforce_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, group_size: int, gamma: float = 1.0,
@@ -1054,9 +984,7 @@ def reinforce_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor
 def grpo_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, group_size: int, gamma: float = 1.0,
                     baseline: str = "") -> Tensor:
     """Eq. 7: outcomes standardised in their group, process rewards by the mean and std of the group's token means.
-
-    Shapes as rloo_advantages. Standard deviations are unbiased; 1e-6 is added to them.
-    """
+    Shapes as rloo_advantages. Standard deviations are unbiased; 1e-6 is added to them."""
     def standardise(values, by):
         groups = by.view(-1, group_size)
         mean, std = (x.repeat_interleave(group_size) for x in (groups.mean(-1), groups.std(-1) + 1e-6))
@@ -1082,10 +1010,8 @@ ESTIMATORS = {"rloo": rloo_advantages, "reinforce": reinforce_advantages, "grpo"
 
 def estimate_advantages(process_rewards: Optional[Tensor], batch: Batch, cfg: Config,
                         values: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
-    """The advantages (B, T) that the options ask for, and the targets (B, T) of PPO's critic, whose values (B, T) are given.
-
-    process_rewards (B, T): None without a PRM.
-    """
+    """The advantages (B, T) that the options ask for, and the targets (B, T) of PPO's critic, whose values (B, T) are
+    given. process_rewards (B, T): None without a PRM."""
     mask, outcomes, targets, none = batch.mask, batch.outcomes, None, torch.zeros_like(batch.mask)
     rewards = none if process_rewards is None else process_rewards
     last = F.pad(mask, (0, 1)).diff(dim=-1) == -1  # each response's last token
@@ -1116,120 +1042,101 @@ def estimate_advantages(process_rewards: Optional[Tensor], batch: Batch, cfg: Co
 def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float,
              denominator: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """-sum min(rho A, clip(rho, 1-eps, 1+eps) A) / denominator, Eq. 6: all (B, T) -> loss and clip fraction, both ().
-
-    denominator: tokens of the global minibatch (default: of this call). mask may hold weights in place of ones.
-    """
+    denominator: tokens of the global minibatch (default: of this call). mask may hold weights in place of ones."""
     denominator = mask.sum() if denominator is None else denominator
     ratio = torch.exp(logps - old_logps)
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -(torch.min(plain, clipped) * mask).sum() / denominator, ((clipped < plain) * mask).sum() / denominator
 
-def backward(loss: Tensor) -> Tensor:
-    """Backpropagate this rank's share of a loss over a global denominator; FSDP averages gradients over the ranks."""
-    (loss * dist.get_world_size()).backward()
-    return loss.detach()
-
-def total(value: Tensor) -> Tensor:
-    """Sum over the ranks."""
-    dist.all_reduce(value)
-    return value
-
 def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: Optional[Tensor], cfg: Config, step: int) -> dict:
     """PPO's clipped updates over shuffled minibatches of whole responses; returns metrics.
-
-    old_logps (B, T): None where one update a batch makes the first forward's own log-probabilities the old ones.
-    """
-    order, passes, norms = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), [], []
+    old_logps (B, T): None where one update a batch makes the first forward's own log-probabilities the old ones."""
     weights = batch.mask / batch.mask.sum(-1, keepdim=True) if cfg.loss_average == "sequence" else batch.mask
-    minibatches = [rows.tolist() for _ in range(cfg.ppo_epochs)
-                   for rows in torch.randperm(len(batch.tokens), generator=order).split(cfg.minibatch)]
-    sums = torch.zeros(3, device=batch.mask.device)
-    for rows in minibatches:
-        denominator = weights[rows].sum()
-        for mine in my_micro_batches(batch, rows, cfg):
-            logps, weight = token_values(policy.model, batch, mine, cfg.temperature), weights[mine]
-            old = logps.detach() if old_logps is None else old_logps[mine]
-            drift = ((old - logps.detach()) * weight).sum() / denominator
-            if cfg.importance_cap:
-                weight = weight * torch.exp(old - batch.engine_logps[mine]).clamp(max=cfg.importance_cap)
-            loss, clip_fraction = ppo_loss(logps, old, advantages[mine], weight, cfg.clip, denominator)
-            sums += torch.stack([backward(loss), clip_fraction, drift])
-            passes.append((mine, logps))
-        norms.append(policy.update())
-    old_logps = assemble(passes, batch) if old_logps is None else old_logps
-    gap = ((old_logps - batch.engine_logps) * batch.mask).abs()  # engine and trainer compute the same policy
-    loss, clip_fraction, drift = (total(sums) / len(minibatches)).tolist()
-    return {"policy/loss": loss, "policy/clip_fraction": clip_fraction, "policy/kl_old": drift,
-            "policy/grad_norm": sum(norms) / len(norms), "policy/entropy": float(-old_logps.sum() / batch.mask.sum()),
-            "rollout/engine_gap": float(gap.sum() / batch.mask.sum()), "rollout/engine_gap_max": float(gap.max())}
+    sums, pieces, losses, norms = torch.zeros(2, device=batch.mask.device), [], [], []
+
+    def loss_of(logps, mine):
+        old = logps.detach() if old_logps is None else old_logps[mine]
+        weight = weights[mine]
+        drift = ((old - logps.detach()) * weight).sum() / denominator
+        if cfg.importance_cap:
+            weight = weight * torch.exp(old - batch.engine_logps[mine]).clamp(max=cfg.importance_cap)
+        loss, clip_fraction = ppo_loss(logps, old, advantages[mine], weight, cfg.clip, denominator)
+        sums.add_(torch.stack([clip_fraction, drift]))
+        return loss
+
+    order = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    for _ in range(cfg.ppo_epochs):
+        for rows in torch.randperm(len(batch.tokens), generator=order).split(cfg.minibatch):
+            denominator = weights[rows].sum()
+            loss, norm, passes = policy.update(batch, rows.tolist(), cfg, loss_of, cfg.temperature)
+            losses.append(loss)
+            norms.append(norm)
+            pieces += passes
+    dist.all_reduce(sums)
+    clip_fraction, drift = (sums / len(losses)).tolist()
+    old_logps = assemble(pieces, batch) if old_logps is None else old_logps
+    metrics = {"policy/loss": fmean(losses), "policy/clip_fraction": clip_fraction, "policy/kl_old": drift,
+               "policy/grad_norm": fmean(norms), "policy/entropy": float(-old_logps.sum() / batch.mask.sum())}
+    if batch.engine_logps is not None:  # engine and trainer compute the same policy
+        gap = ((old_logps - batch.engine_logps) * batch.mask).abs()
+        metrics |= {"rollout/engine_gap": float(gap.sum() / batch.mask.sum()), "rollout/engine_gap_max": float(gap.max())}
+    return metrics
 
 def update_critic(critic: Optional[Learner], batch: Batch, targets: Optional[Tensor], cfg: Config) -> dict:
     """PPO's critic: half the squared error of V(y_<t) against targets (B, T), in minibatches of the policy's size."""
-    losses = []
-    for rows in batch.blocks(cfg.minibatch) if critic else []:
-        loss, denominator = torch.zeros((), device=batch.mask.device), batch.mask[rows].sum()
-        for mine in my_micro_batches(batch, rows, cfg):
-            errors = (token_values(critic.model, batch, mine) - targets[mine]) * batch.mask[mine]
-            loss += backward(0.5 * (errors ** 2).sum() / denominator)
-        losses.append(float(total(loss)))
-        critic.update()
-    return {"critic/loss": sum(losses) / len(losses)} if critic else {}
+    losses = [critic.update(batch, rows, cfg, lambda values, mine: (
+        0.5 * (values - targets[mine]) ** 2 * batch.mask[mine]).sum() / batch.mask[rows].sum())[0]
+        for rows in batch.blocks(cfg.minibatch)] if critic else []
+    return {"critic/loss": fmean(losses)} if critic else {}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Around the algorithm: SFT warm-up (App. D), evaluation, the run folder and its checkpoints.
 
 def sft_example(row: dict, tokenizer, cfg: Config, where: str) -> Rollout:
     """A worked response, its end of turn included, from Eurus-2-SFT-Data's schema or columns prompt and response."""
+    prompt, response = row.get("prompt"), row.get("response")
     if row.get("conversations"):
         prompt, response = (message.get("value") for message in row["conversations"][:2])
         prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}] if row.get("system") else prompt
-    else:
-        prompt, response = row.get("prompt"), row.get("response")
     if not prompt or not isinstance(response, str):
         raise UserError(f"{where}: an SFT row holds prompt and response, or conversations")
     prompt_ids = encode_prompt(prompt, tokenizer, cfg)
     if cfg.template == "chat":  # what the template puts behind the opening of the assistant's turn
-        opening = tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, tokenize=False)
-        turn = as_chat(prompt, cfg) + [{"role": "assistant", "content": response}]
-        response = tokenizer.apply_chat_template(turn, tokenize=False)[len(opening):].rstrip()
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return Rollout(0, prompt_ids, ids if cfg.template == "chat" else ids + [tokenizer.eos_token_id], [0.0])
+        chat = as_chat(prompt, cfg)
+        opening = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        turn = tokenizer.apply_chat_template(chat + [{"role": "assistant", "content": response}], tokenize=False)
+        return Rollout(0, prompt_ids, tokenizer(turn[len(opening):].rstrip(), add_special_tokens=False)["input_ids"], None)
+    return Rollout(0, prompt_ids, tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None)
 
-def sft_batches(rows, tokenizer, cfg: Config) -> Iterator[tuple[Batch, int]]:
-    """Shuffled batches of exactly --sft-batch examples, and how many were dropped as too long so far."""
-    dropped = 0
+def sft_batches(rows, tokenizer, cfg: Config) -> Iterator[Batch]:
+    """Shuffled batches of exactly --sft-batch examples; those over the limits of prompt or response are left out."""
     for epoch in range(cfg.sft_epochs):
         examples = []
-        for i in random.Random(f"{cfg.seed} sft {epoch}").sample(range(len(rows)), len(rows)):
+        for i in shuffled(len(rows), f"{cfg.seed} sft {epoch}"):
             example = sft_example(rows[i], tokenizer, cfg, f"--sft-data {cfg.sft_data}, line {i + 1}")
-            if len(example.prompt_ids) + len(example.ids) > cfg.sft_max_tokens:
-                dropped += 1
-                continue
-            examples.append(example)
+            if len(example.prompt_ids) <= cfg.max_prompt_tokens and len(example.ids) <= cfg.max_response_tokens:
+                examples.append(example)
             if len(examples) == cfg.sft_batch:
-                yield Batch.of(examples), dropped
+                yield Batch.of(examples)
                 examples = []
 
 def train_sft(name: str, tokenizer, cfg: Config, run: "Run") -> None:
     """Maximise the likelihood of worked responses, the loss on responses only; leaves the folder RUN/sft."""
+    from transformers import get_cosine_schedule_with_warmup
     rows = miniature_sft_rows(cfg.seed) if cfg.sft_data == "miniature" else load_rows(cfg.sft_data, "--sft-data")
     updates = cfg.sft_epochs * (len(rows) // cfg.sft_batch)
     if not updates:
         raise UserError(f"--sft-data {cfg.sft_data} holds {len(rows)} rows, fewer than --sft-batch {cfg.sft_batch}")
     learner = Learner(load_model(name, cfg), cfg.sft_lr, 0.0, 1.0)
+    schedule = get_cosine_schedule_with_warmup(learner.optimizer, updates // 10, updates)
     with run.bar(updates, "SFT") as bar:
-        for step, (batch, dropped) in enumerate(sft_batches(rows, tokenizer, cfg), 1):
-            schedule = min(step / (0.1 * updates), 0.5 + 0.5 * math.cos(math.pi * (step - 1) / updates))
-            learner.optimizer.param_groups[0]["lr"] = cfg.sft_lr * schedule
-            loss = torch.zeros((), device=batch.mask.device)
-            for mine in my_micro_batches(batch, range(cfg.sft_batch), cfg):
-                loss += backward(-token_values(learner.model, batch, mine).sum() / batch.mask.sum())
-            norm = learner.update()
+        for step, batch in enumerate(sft_batches(rows, tokenizer, cfg), 1):
+            tokens = batch.mask.sum()
+            loss, norm, _ = learner.update(batch, range(cfg.sft_batch), cfg, lambda logps, mine: -logps.sum() / tokens)
+            schedule.step()
             bar.update()
-            if step % 10 == 0:
-                loss = float(total(loss))
-                bar.set_postfix(loss=f"{loss:.3f}")
-                run.log({"sft/step": step, "sft/loss": loss, "sft/grad_norm": norm, "sft/too_long": dropped})
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            run.log({"sft/step": step, "sft/loss": loss, "sft/grad_norm": norm})
     save_pretrained(learner.model, tokenizer, run.folder / "sft")
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -1238,51 +1145,78 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def majority_vote(group: list[Rollout]) -> float:
     """Outcome of the answer that most responses of a group give; equal answers count together, the first of equals wins."""
-    votes = []
-    for rollout in group:
-        answer = verify.extract_answer(rollout.text)
-        same = next((v for v in votes if answer == v[0] or verify.math_equal(answer, v[0])), None) if answer else [0, 0, 0]
-        if same is None:
-            votes.append([answer, rollout.outcome, 0])
-        (same or votes[-1])[2] += 1
-    return max(votes, key=lambda v: v[2])[1] if votes else 0.0
+    answers = [verify.extract_answer(r.text) for r in group]
+    votes = [sum(a == b or verify.math_equal(a, b) for b in answers if b) if a else 0 for a in answers]
+    return group[votes.index(max(votes))].outcome
 
-def evaluate(sampler: Sampler, sets: list[Problems], cfg: Config, run: "Run", step: int, models: Optional[Models]) -> dict:
-    """Greedy pass@1 and, with --eval-samples N, avg@N, pass@k, majority vote and best-of-N, each with its standard error.
+def process_rewards_of(rollouts: list[Rollout], models: Models, cfg: Config) -> Tensor:
+    """Implicit process rewards (B, T) of rollouts, by the PRM as it is."""
+    batch = Batch.of(rollouts)
+    ref_logps = score(models.ref or models.policy.model, batch, cfg)
+    return implicit_rewards(score(models.prm.model, batch, cfg), ref_logps, batch.mask, cfg.beta)
 
-    Best-of-N is by R_phi, with --eval-only or --inspect. Every response and its score go to RUN/eval.
-    """
+def evaluate(sampler: Sampler, sets: list[Problems], models: Models, cfg: Config, run: "Run", step: int) -> dict:
+    """Greedy pass@1 and, with --eval-samples N, avg@N, pass@k and majority vote, each with its standard error; with
+    --eval-only, best-of-N by R_phi. RUN/eval gets every response, and a page of some shaded by process reward."""
     metrics, n = {}, cfg.eval_samples
     for problems in sets:
+        name, figures = set_title(problems.name), {}
         encoded = [(i, encode_prompt(problems[i].prompt, sampler.tokenizer, cfg)) for i in range(len(problems))]
         prompts = [(i, ids) for i, ids in encoded if len(ids) <= cfg.max_prompt_tokens]
         if not prompts:
             raise UserError(f"--max-prompt-tokens {cfg.max_prompt_tokens}: all prompts of {problems.name} are longer")
-        with sampler.awake(), run.bar(len(prompts) * (1 + n), f"evaluate {problems.name}") as bar:
+        with sampler.awake(models.policy), run.bar(len(prompts) * (1 + n), f"evaluate {name}") as bar:
             greedy = sampler.sample(problems, prompts, 1, 0.0, "greedy", bar)
             groups = sampler.sample(problems, prompts, n, cfg.eval_temperature, "eval", bar) if n else [[] for _ in prompts]
-        figures = {"greedy": [group[0].outcome for group in greedy]}
+        figures["greedy"] = [group[0].outcome for group in greedy]
         if n:
-            figures[f"avg@{n}"] = [sum(r.outcome for r in group) / n for group in groups]
-            for k in [2 ** j for j in range(1, n.bit_length())]:
-                figures[f"pass@{k}"] = [pass_at_k(n, sum(r.outcome >= 1 for r in group), k) for group in groups]
-            if problems[prompts[0][0]].task == "math":
-                figures[f"majority@{n}"] = [majority_vote(group) for group in groups]
-        if n and models and models.prm and models.ref and (cfg.eval_only or cfg.inspect):
-            batch = Batch.of([r for group in groups for r in group])
-            rewards = implicit_rewards(score(models.prm.model, batch, cfg), score(models.ref, batch, cfg), batch.mask, cfg.beta)
-            best = rewards.sum(-1).view(-1, n).argmax(-1).tolist()
-            figures[f"best_of@{n}"] = [group[b].outcome for group, b in zip(groups, best)]
-        metrics |= {f"eval/{problems.name}/problems": len(prompts), f"eval/{problems.name}/too_long": len(encoded) - len(prompts)}
+            figures[f"avg@{n}"] = [fmean(r.outcome for r in group) for group in groups]
+        for k in [2 ** j for j in range(1, n.bit_length())]:
+            figures[f"pass@{k}"] = [pass_at_k(n, sum(r.outcome >= 1 for r in group), k) for group in groups]
+        if n and problems[prompts[0][0]].task == "math":
+            figures[f"majority@{n}"] = [majority_vote(group) for group in groups]
+        if n and models.prm and cfg.eval_only:
+            sums = process_rewards_of([r for group in groups for r in group], models, cfg).sum(-1).view(-1, n)
+            figures[f"best_of@{n}"] = [group[best].outcome for group, best in zip(groups, sums.argmax(-1).tolist())]
+        metrics |= {f"eval/{name}/problems": len(prompts), f"eval/{name}/too_long": len(encoded) - len(prompts)}
         for key, values in figures.items():
-            mean = sum(values) / len(values)
-            error = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-            metrics |= {f"eval/{problems.name}/{key}": mean, f"eval/{problems.name}/{key}_se": error}
-        run.write(f"eval/step-{step}-{Path(problems.name).stem}.jsonl", "".join(json.dumps(
-            {"index": i, "prompt": problems[i].prompt, "reference": problems[i].reference} | {
-                key: [{"text": r.text, "score": r.outcome} for r in group] for key, group in (("greedy", g), ("samples", s))}
-        ) + "\n" for (i, _), g, s in zip(prompts, greedy, groups)))
+            error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            metrics |= {f"eval/{name}/{key}": fmean(values), f"eval/{name}/{key}_se": error}
+        lines = [{"index": i, "prompt": problems[i].prompt, "reference": problems[i].reference} | {
+            key: [{"text": r.text, "score": r.outcome} for r in group] for key, group in (("greedy", g), ("samples", s))}
+            for (i, _), g, s in zip(prompts, greedy, groups)]
+        run.write(f"eval/step-{step}-{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if models.prm and (cfg.inspect or not cfg.eval_only and PAGE.exists()):
+            page = inspect_page(problems, groups if n else greedy, models, sampler.tokenizer, cfg, step)
+            run.write(f"eval/step-{step}-{name}.html", page)
     return metrics
+
+PAGE = Path(__file__).parent / "assets" / "inspect.html"  # the page without its data
+
+def inspect_page(problems: Problems, groups: list[list[Rollout]], models: Models, tokenizer, cfg: Config, step: int) -> str:
+    """A self-contained page of 16 groups, those with right and wrong responses first, each token with its reward."""
+    groups = sorted(groups, key=lambda group: len({r.outcome for r in group}) == 1)[:16]
+    rewards, shown = iter(process_rewards_of([r for group in groups for r in group], models, cfg).tolist()), []
+    for group in groups:
+        responses = [{"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(tokenizer.batch_decode([[t] for t in r.ids]), row))}
+                     for r, row in zip(group, rewards)]
+        problem = problems[group[0].index]
+        shown.append({"prompt": str(problem.prompt), "reference": str(problem.reference), "responses": responses})
+    data = {"title": "PRIME: implicit process rewards", "set": problems.name, "step": step, "beta": cfg.beta, "groups": shown}
+    return PAGE.read_text(encoding="utf-8").replace('"@DATA@"', json.dumps(data).replace("<", "\\u003c"))  # no text can end the script
+
+def reporter(kind: str, folder: Path, config: dict):
+    """A function of (metrics, step) that feeds tensorboard or wandb."""
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            return lambda metrics, step: [writer.add_scalar(key, value, step) for key, value in metrics.items()]
+        import wandb
+        wandb.init(project="prime", name=folder.name, config=config)
+        return wandb.log
+    except ImportError as e:
+        raise UserError(f"--report-to {kind}: pip install {kind} ({first_line(e)})") from None
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoints, evaluations, models. Rank 0 alone writes."""
@@ -1290,10 +1224,11 @@ class Run:
     def __init__(self, cfg: Config):
         self.folder, self.main = Path(gather(cfg.output)[0]), dist.get_rank() == 0
         self.metrics, self.seconds, self.interrupted = self.folder / "metrics.jsonl", Counter(), False
-        if self.main and not cfg.resume:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"--output {self.folder} is taken: choose another, or --resume it")
-            self.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        if self.main and not cfg.resume and self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+            raise UserError(f"--output {self.folder} is taken: choose another, or --resume it")
+        config = dataclasses.asdict(cfg)
+        self.report = reporter(cfg.report_to, self.folder, config) if self.main and cfg.report_to != "none" else None
+        self.write("config.json", json.dumps(config | {"resume": None}, indent=1) + "\n")
         if self.main:
             self.metrics.touch()
         dist.barrier()
@@ -1312,10 +1247,12 @@ class Run:
         if self.main:
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(metrics) + "\n")
+        if self.report and "step" in metrics:
+            self.report(metrics, metrics["step"])
 
     def rewind(self, size: int) -> None:
         """Move what metrics.jsonl holds beyond size bytes to a backup: those steps run anew."""
-        if self.main and self.metrics.exists() and self.metrics.stat().st_size > size:
+        if self.main and self.metrics.stat().st_size > size:
             number = len(list(self.folder.glob("metrics.jsonl.bak*"))) + 1
             self.metrics.with_name(f"metrics.jsonl.bak{number}").write_bytes(self.metrics.read_bytes()[size:])
             os.truncate(self.metrics, size)
@@ -1333,13 +1270,12 @@ class Run:
 
     def catch_interrupt(self) -> None:
         """The first Ctrl-C lets the step finish and save; a second one quits at once."""
-        def handler(*_):
-            if self.interrupted:
-                os._exit(130)
+        def finish(*_):
             self.interrupted = True
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
             tqdm.write("interrupted: finishing this step, then saving; once more quits at once", file=sys.stderr)
 
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, finish)
 
     def end_step(self, step: int, metrics: dict, bar: tqdm) -> None:
         """Log a step and print its line."""
@@ -1347,53 +1283,41 @@ class Run:
         self.seconds.clear()
         self.log({"step": step} | metrics)
         bar.update()
-        parts = [f"{label} {metrics[key]:{form}}" for label, key, form in STEP_LINE if key in metrics]
-        tqdm.write(f"step {step}: " + ", ".join(parts)) if self.main else None
+        if self.main:
+            tqdm.write(f"step {step}: " + ", ".join(f"{label} {metrics[key]:.3g}" for label, key in STEP_LINE.items() if key in metrics))
 
     def summary(self) -> None:
         """Print the first and the last evaluation side by side, and where the results lie."""
-        if not self.main:
-            return
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if '"eval/' in line]
-        for before, after in [(lines[0], lines[-1])] if lines else []:
-            print(f"\n{'held-out accuracy':32}{'problems':>9}{'step %d' % before['step']:>17}{'step %d' % after['step']:>17}")
-            for key in [key[:-3] for key in after if key.endswith("_se")]:
-                cells = "".join(f"{m.get(key, math.nan):9.3f} ± {m.get(key + '_se', math.nan):.3f}" for m in (before, after))
-                print(f"{key[5:]:32}{after[key.rsplit('/', 1)[0] + '/problems']:9}{cells}")
-        print(f"results: {self.folder}")
+        if self.main:
+            lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if '"eval/' in line]
+            for key in [key for key in lines[-1] if key + "_se" in lines[-1]] if lines else []:
+                cells = [f"{line[key]:.3f} ± {line[key + '_se']:.3f} (step {line['step']})" for line in (lines[0], lines[-1])]
+                print(f"{key[5:]:28} {lines[-1][key.rsplit('/', 1)[0] + '/problems']} problems   {'  ->  '.join(cells)}")
+            print(f"results: {self.folder}")
 
-STEP_LINE = (("accuracy", "rollout/accuracy", ".3f"), ("kept", "rollout/kept_prompts", "d"),
-             ("of", "rollout/considered_prompts", "d"), ("length", "rollout/length", ".0f"), ("PRM loss", "prm/loss", ".3f"),
-             ("AUC", "prm/auc", ".3f"), ("pairs", "prm/pair_accuracy", ".3f"), ("policy loss", "policy/loss", ".4f"),
-             ("clipped", "policy/clip_fraction", ".3f"), ("norm", "policy/grad_norm", ".2f"), ("seconds", "time/step", ".2f"),
-             ("rollout", "time/rollout", ".2f"), ("ref", "time/ref", ".2f"), ("PRM", "time/prm", ".2f"),
-             ("critic", "time/critic", ".2f"), ("policy", "time/policy", ".2f"))
+STEP_LINE = {"accuracy": "rollout/accuracy", "kept": "rollout/kept_prompts", "of": "rollout/considered_prompts",
+             "length": "rollout/length", "PRM loss": "prm/loss", "AUC": "prm/auc", "pairs": "prm/pair_accuracy",
+             "policy loss": "policy/loss", "clipped": "policy/clip_fraction", "norm": "policy/grad_norm", "seconds": "time/step",
+             "rollout": "time/rollout", "ref": "time/ref", "PRM": "time/prm", "critic": "time/critic", "policy": "time/policy"}
 
 def checkpoint_state(models: Models) -> dict:
     """The sharded weights and optimizer states of all learners."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    return {name: dict(zip(("model", "optimizer"), get_state_dict(x.model, x.optimizer))) for name, x in models.learners.items()}
+    return {name: dict(zip(("model", "optimizer"), get_state_dict(x.model, x.optimizer))) for name, x in models.learners().items()}
 
 def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> None:
     """Write RUN/checkpoints/step-N: under another name, synced, renamed; only then the older one goes.
-
-    All randomness is drawn from seeds named by step and purpose, so the step number is the random state.
-    """
+    All randomness is drawn from seeds named by step and purpose, so the step number is the random state."""
     import torch.distributed.checkpoint as dcp
     folder = run.folder / "checkpoints"
     tmp, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
     if run.main:
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        os.sync()  # the metrics that this checkpoint counts
     dist.barrier()
-    dcp.save(checkpoint_state(models), checkpoint_id=tmp)
+    progress = gather({"step": step, "metrics_bytes": run.main and run.metrics.stat().st_size, "queue": queue.state})[0]
+    dcp.save(checkpoint_state(models) | {"progress": json.dumps(progress)}, checkpoint_id=tmp)  # synced by the library
     if run.main:
-        state = {"step": step, "metrics_bytes": run.metrics.stat().st_size, "queue": queue.state}
-        (tmp / "state.json").write_text(json.dumps(state))
-        for path in (run.metrics, *tmp.iterdir(), tmp):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
         for old in set(folder.iterdir()) - {final}:
@@ -1401,48 +1325,43 @@ def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> 
     dist.barrier()
 
 def load_checkpoint(run: Run, models: Models, queue: PromptQueue, cfg: Config) -> int:
-    """Load the newest complete checkpoint, on any number of processes, and rewind the metrics; returns its step.
-
-    Where there is none, the run starts at step 0, which is saved if SFT came before it.
-    """
+    """Load the newest complete checkpoint, on any number of processes, and rewind the metrics; returns its step. Where
+    there is none, the run starts at step 0, which is saved if SFT came before it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
-    complete = [path for path in run.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
-    if not complete and cfg.sft_data:
-        save_checkpoint(run, 0, models, queue)
-    elif not complete:
-        run.rewind(0)
-    if not complete:
+    steps = [int(path.name[5:]) for path in run.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+    if not steps:
+        save_checkpoint(run, 0, models, queue) if cfg.sft_data else run.rewind(0)
         return 0
-    path = max(complete, key=lambda path: int(path.name[5:]))
-    state, tensors = json.loads((path / "state.json").read_text()), checkpoint_state(models)
-    dcp.load(tensors, checkpoint_id=path)
-    for name, x in models.learners.items():
-        set_state_dict(x.model, x.optimizer, model_state_dict=tensors[name]["model"], optim_state_dict=tensors[name]["optimizer"])
-    run.rewind(state["metrics_bytes"])
-    queue.load(state["queue"])
-    return state["step"]
+    state = checkpoint_state(models) | {"progress": ""}
+    dcp.load(state, checkpoint_id=run.folder / "checkpoints" / f"step-{max(steps)}")
+    for name, x in models.learners().items():
+        set_state_dict(x.model, x.optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"])
+    progress = json.loads(state["progress"])
+    run.rewind(progress["metrics_bytes"])
+    queue.state = progress["queue"]
+    return progress["step"]
 
-def throughput(run: Run, batch: Batch, models: Models, flops: float) -> dict:
-    """Tokens a second, and the utilisation of a device that multiplies matrices at `flops` operations a second: a forward
-    and backward pass is 6 operations a parameter and token; attention is not counted."""
-    tokens, metrics = sum(map(len, batch.tokens)), {}
-    parameters = sum(p.numel() for p in models.policy.model.parameters())
-    for phase in models.learners:
-        if run.seconds[phase]:
-            metrics[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
-            metrics[f"mfu/{phase}"] = 6 * parameters * tokens / run.seconds[phase] / (flops * dist.get_world_size())
-    return metrics | {"tokens_per_second/rollout": float(batch.mask.sum()) / run.seconds["rollout"]}
-
-def matmul_flops(cfg: Config) -> float:
-    """Operations a second of a large matrix product on this device, in --dtype."""
-    n, best = 8192 if torch.cuda.is_available() else 768, math.inf
-    a = torch.ones(n, n, device=device(), dtype=getattr(torch, cfg.dtype))
+@functools.cache
+def matmul_flops(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on this device."""
+    n, seconds = 8192 if torch.cuda.is_available() else 768, []
+    a = torch.ones(n, n, device=device(), dtype=dtype)
     for _ in range(4):
         start = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+        float((a @ a)[0, 0])  # waits for the result
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
+
+def throughput(run: Run, batch: Batch, models: Models, cfg: Config) -> dict:
+    """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 6 operations a parameter and token for a forward
+    and backward pass; attention is not counted."""
+    tokens, metrics = sum(map(len, batch.tokens)), {"tokens_per_second/rollout": float(batch.mask.sum()) / run.seconds["rollout"]}
+    operations = 6 * sum(p.numel() for p in models.policy.model.parameters()) * tokens / dist.get_world_size()
+    for phase in [phase for phase in models.learners() if run.seconds[phase]]:
+        metrics[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
+        metrics[f"mfu/{phase}"] = operations / run.seconds[phase] / matmul_flops(getattr(torch, cfg.dtype))
+    return metrics
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 1.
@@ -1475,10 +1394,8 @@ def probe_prm(models: Models, considered: list[Rollout], cfg: Config, step: int)
     """--prm-probe-every: the PRM's quality on all rollouts, before the filter and before its update."""
     if not models.prm or not cfg.prm_probe_every or step % cfg.prm_probe_every:
         return {}
-    batch = Batch.of(considered)
-    ref_logps = score(models.ref or models.policy.model, batch, cfg)
-    sums = implicit_rewards(score(models.prm.model, batch, cfg), ref_logps, batch.mask, cfg.beta).sum(-1)
-    return {f"prm/all_{key}": value for key, value in prm_metrics(sums, batch.outcomes, cfg.group_size).items()}
+    sums, outcomes = process_rewards_of(considered, models, cfg).sum(-1).cpu(), torch.tensor([r.outcome for r in considered])
+    return {f"prm/all_{key}": value for key, value in prm_metrics(sums, outcomes, cfg.group_size).items()}
 
 def train(cfg: Config, run: Run) -> int:
     """Algorithm 1, from an SFT model that --sft-data makes first. Returns the exit code."""
@@ -1487,16 +1404,16 @@ def train(cfg: Config, run: Run) -> int:
         return 0
     queue = PromptQueue(Problems(cfg.data, cfg), tokenizer, cfg)
     eval_sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data or []]
-    models, flops = load_models(name, cfg), matmul_flops(cfg)
+    models = load_models(name, cfg)
     first = load_checkpoint(run, models, queue, cfg)
     run.catch_interrupt()
-    with Sampler.open(name, tokenizer, cfg, models.policy.model) as sampler, run.bar(cfg.steps, "PRIME", first) as bar:
+    with Sampler(name, tokenizer, cfg) as sampler, run.bar(cfg.steps, "PRIME", first) as bar:
         if first == 0:
-            run.log({"step": 0} | evaluate(sampler, eval_sets, cfg, run, 0, models))
+            run.log({"step": 0} | evaluate(sampler, eval_sets, models, cfg, run, 0))
         for step in range(first + 1, cfg.steps + 1):
-            with run.timed("rollout"):  # sample K responses a prompt, verify, filter
+            with run.timed("rollout"), sampler.awake(models.policy):  # sample K responses a prompt, verify, filter
                 kept, considered, metrics = collect_rollouts(sampler, queue, cfg, step)
-                batch = Batch.of(kept)
+            batch = Batch.of(kept)
             with run.timed("ref"):
                 metrics |= probe_prm(models, considered, cfg, step)
                 old_logps, ref_logps = first_logps(models, batch, cfg)
@@ -1510,10 +1427,10 @@ def train(cfg: Config, run: Run) -> int:
             with run.timed("policy"):  # PPO's clipped update (Eq. 6)
                 if step > cfg.prm_warmup_steps:
                     metrics |= update_policy(models.policy, batch, advantages, old_logps, cfg, step)
-            metrics |= throughput(run, batch, models, flops)
+            metrics |= throughput(run, batch, models, cfg)
             stop = any(gather(run.interrupted))
             if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0 and not stop:
-                metrics |= evaluate(sampler, eval_sets, cfg, run, step, models)
+                metrics |= evaluate(sampler, eval_sets, models, cfg, run, step)
             run.end_step(step, metrics, bar)
             if stop or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
                 save_checkpoint(run, step, models, queue)
@@ -1528,17 +1445,17 @@ def train(cfg: Config, run: Run) -> int:
 def evaluate_only(cfg: Config, run: Run) -> int:
     """--eval-only: --model on --eval-data, best-of-N by --prm. Returns the exit code."""
     from transformers import AutoTokenizer
-    tokenizer, models = from_pretrained(AutoTokenizer, cfg.model, "--model"), None
+    tokenizer, models = from_pretrained(AutoTokenizer, cfg.model, "--model"), Models()
     sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data]
     if cfg.prm:
         notes = Path(cfg.prm) / "implicit_prm.json"
         if cfg.prm_ref == "sft" and not notes.exists():
             raise UserError("--prm-ref is missing: name the model that the PRM was trained against")
         reference = json.loads(notes.read_text())["reference"] if cfg.prm_ref == "sft" else cfg.prm_ref
-        prm = load_model(cfg.prm, cfg, "--prm", frozen=True)
-        models = Models(None, Learner(prm, 0.0, 0.0, 0.0), load_model(reference, cfg, "--prm-ref", frozen=True))
-    with Sampler.open(cfg.model, tokenizer, cfg) as sampler:
-        run.log({"step": 0} | evaluate(sampler, sets, cfg, run, 0, models))
+        models.prm = Learner(load_model(cfg.prm, cfg, "--prm"), 0.0, 0.0, 0.0)
+        models.ref = load_model(reference, cfg, "--prm-ref", frozen=True)
+    with Sampler(cfg.model, tokenizer, cfg) as sampler:
+        run.log({"step": 0} | evaluate(sampler, sets, models, cfg, run, 0))
         run.summary()
     return 0
 
@@ -1546,37 +1463,32 @@ def evaluate_only(cfg: Config, run: Run) -> int:
 # The command line.
 
 def parse_args(argv: list[str]) -> Config:
-    """Options given by hand win over the miniature's overrides, these over the paper's defaults; or --resume's config."""
+    """Options given by hand win over the miniature's overrides, these over the paper's defaults. A resumed run has its
+    own config, of which only the number of steps may change."""
     from transformers import HfArgumentParser
-    unset, about = object(), __doc__.split("\n\n")[0]
-    parser = HfArgumentParser(SECTIONS, usage="python prime.py [options]", description=about, allow_abbrev=False)
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    parser = HfArgumentParser(SECTIONS, usage="python prime.py [options]", description=__doc__.split("\n\n")[0], allow_abbrev=False)
 
     def error(message):
         raise UserError(message)
 
-    parser.error = error
-    names = [f.name for f in dataclasses.fields(Config)]
-    namespace = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-    given = {name: value for name, value in vars(namespace).items() if value is not unset}
-    if "resume" in given:
-        return resumed_config(given)
-    overrides = {}
-    if given.get("data", "miniature") == "miniature" and ("data" in given or not {"sft_data", "eval_only"} & set(given)):
-        overrides = MINIATURE | ({} if "model" in given else MINIATURE_SFT)
-    cfg = Config(**overrides | given)
+    parser.error, saved = error, {}
+    given = parser.parse_args(argv)
+    if given.resume:
+        try:
+            saved = json.loads((Path(given.resume) / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--resume {given.resume}: no config.json there, so no run to go on with") from None
+        parser.set_defaults(**saved | {"output": given.resume})
+    elif given.data == "miniature" or not (given.data or given.sft_data or given.eval_only):
+        parser.set_defaults(**MINIATURE | ({} if given.model else MINIATURE_SFT))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for name in set(saved) - {"resume", "output", "steps"}:
+        if getattr(cfg, name) != saved[name]:
+            raise UserError(f"{flag(name)} {getattr(cfg, name)} conflicts with the run's {saved[name]}: --resume changes --steps only")
     cfg.output = cfg.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return cfg
-
-def resumed_config(given: dict) -> Config:
-    """The config of the run to go on with; only the number of steps may differ."""
-    try:
-        saved = json.loads((Path(given["resume"]) / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"--resume {given['resume']}: no config.json there, so no run to go on with") from None
-    for name in set(given) - {"resume", "steps"}:
-        if given[name] != saved[name]:
-            raise UserError(f"{flag(name)} {given[name]} conflicts with the run's {saved[name]}: --resume changes --steps at most")
-    return Config(**saved | given | {"output": given["resume"]})
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
