@@ -71,7 +71,7 @@ class DataOptions:
     max_prompt_tokens: int = opt(1024, "longer prompts are dropped and counted (official)")
     max_response_tokens: int = opt(3072, "responses are cut here (official)")
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the computation; weights and Adam stay float32 (official)")
-    token_budget: int = opt(16384, "tokens of one micro-batch on one rank; a longer response goes alone")
+    token_budget: int = opt(4096, "tokens of one micro-batch on one rank; a longer response goes alone")
     activation_checkpointing: bool = opt(False, "recompute activations: less memory, about a third slower")
     cpu_offload: bool = opt(False, "keep parameters, gradients and Adam states in host memory (official: on)")
 
@@ -161,8 +161,8 @@ class Config(*SECTIONS):
 # The built-in experiment: what differs from the paper's values where --data is absent or 'miniature' ...
 MINIATURE = dict(
     data="miniature", eval_data=["miniature-test"], template="none", max_prompt_tokens=16, max_response_tokens=48,
-    dtype="float32", rollout="hf", rollout_batch=512, prompts_per_step=32, minibatch=128, prm_minibatch=128, lr=1e-4,
-    prm_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4, eval_temperature=1.0,
+    dtype="float32", token_budget=16384, rollout="hf", rollout_batch=512, prompts_per_step=32, minibatch=128,
+    prm_minibatch=128, lr=1e-4, prm_lr=2e-4, steps=60, save_every=20, eval_every=0, eval_samples=4, eval_temperature=1.0,
     prm_probe_every=1)
 # ... and without --model, whose SFT model is then made first, from nothing.
 MINIATURE_SFT = dict(sft_data="miniature", sft_epochs=1, sft_batch=48, sft_lr=3e-3)

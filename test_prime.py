@@ -447,6 +447,45 @@ def test_learner_updates_and_saves(loaded, sft, tmp_path):
     assert not torch.equal(again.model.embed_tokens.weight, before.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_formula_holds_for_a_small_model(loaded, tmp_path, checkpointing):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sys.path.insert(0, str(HERE / "assets"))
+    import memory
+    sizes = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    cfg = dataclasses.replace(loaded[0], dtype="bfloat16", activation_checkpointing=checkpointing)
+    model, kept = prime.load_model(str(tmp_path), cfg), []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    def kept_bytes(tokens):
+        """What a forward pass keeps for the backward pass, weights aside."""
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens - 1)[None] == tokens - 2)
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters() if type(p) is torch.nn.Parameter}
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if tokens in t.shape}
+        return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+    measured = (kept_bytes(96) - kept_bytes(48)) / 48
+    formula = memory.activation_bytes(3, 128, 32, 320, checkpointing, heads=8)
+    block = memory.activation_bytes(1, 128, 32, 320, False, heads=8) - 6 * 128
+    assert measured == pytest.approx(formula - block * checkpointing, rel=0.02)  # the block lives in the backward pass
+
+    learner, seen = prime.Learner(model, 1e-4, 0.0, 1.0), []
+    learner.optimizer.register_step_pre_hook(lambda *_: seen.append(sum(p.grad.to_local().nbytes for p in model.parameters())))
+    learner.update(prime.Batch.of(some_rollouts(loaded[2])), range(10), cfg, lambda logps, mine: logps.sum())
+    moments = [x for state in learner.optimizer.state.values() for x in state.values() if x.dim()]
+    parameters = sum(p.numel() for p in model.parameters())
+    used = sum(p.to_local().nbytes for p in model.parameters()) + seen[0] + sum(x.to_local().nbytes for x in moments)
+    assert used == memory.state_bytes(True) * parameters
+    frozen = prime.load_model(str(tmp_path), cfg, frozen=True)
+    assert sum(p.to_local().nbytes for p in frozen.parameters()) == memory.state_bytes(False) * parameters
+
+
 def test_hf_engine_is_greedy_and_seeded(loaded, sft):
     cfg, model, tokenizer = loaded
     engine = prime.make_engine(sft, tokenizer, dataclasses.replace(cfg, rollout="hf", rollout_batch=6))
