@@ -423,6 +423,7 @@ def make_miniature_model(folder: Path, seed: int) -> None:
         LlamaForCausalLM(LlamaConfig(
             vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            initializer_range=0.05,  # with the usual 0.02 some seeds have not learnt the facts when SFT ends
         )).save_pretrained(folder)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,6 +496,8 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=compute if frozen else torch.float32)
         model = TokenModel(lm, value_head).train()  # checkpointing asks for training mode; there is no dropout
+    if not hasattr(lm.base_model, "layers"):
+        raise UserError(f"{option} {name}: only decoders built like Llama, Qwen or Mistral are supported")
     if cfg.activation_checkpointing and not frozen:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     plan = dict(mesh=dist.device_mesh.init_device_mesh(device().type, (dist.get_world_size(),)),
@@ -759,6 +762,8 @@ def make_engine(name: str, tokenizer, cfg: Config):
     with contextlib.suppress(OSError):  # a model may lack a generation_config.json
         ids = GenerationConfig.from_pretrained(name).eos_token_id
         stop |= set(ids if isinstance(ids, list) else [ids])
+    if not stop - {None}:
+        raise UserError(f"--model {name} names no end-of-sequence token: set eos_token in its tokenizer")
     return (VLLMEngine if uses_vllm(cfg) else HFEngine)(name, cfg, sorted(stop - {None}))
 
 class Sampler:
