@@ -784,11 +784,12 @@ class Sampler:
 
     @contextlib.contextmanager
     def awake(self, policy: Optional[Learner]):
-        """The engine awake, with the policy's weights (None: its own); asleep afterwards."""
+        """The engine awake with the policy's weights, asleep afterwards; without a policy it stays as it was built."""
         if policy:
             self.engine.sync(full_weights(policy.model, getattr(torch, self.cfg.dtype)))
         yield
-        self.engine.sleep()
+        if policy:
+            self.engine.sleep()
 
     def sample(self, problems: Problems, prompts: list[tuple[int, list[int]]], k: int, temperature: float, seed: str,
                bar: Optional[tqdm] = None) -> list[list[Rollout]]:

@@ -919,10 +919,13 @@ BOXES = [
 
 EQUAL = {
     "fractions": [(r"\frac34", "0.75"), (r"\dfrac{3}{4}", "3/4"), (r"2\frac{1}{4}", r"\frac{9}{4}"),
-                  ("1 1/2", "1.5"), (r"-\frac{1}{3}", r"\frac{-1}{3}")],
+                  ("1 1/2", "1.5"), (r"-\frac{1}{3}", r"\frac{-1}{3}"), ("2½", "5/2"), (r"{1 \over 4}", "¼"),
+                  (r"2^3\frac12", "4")],
     "numbers": [("12,345", "12345"), (r"12{,}345", r"12\,345"), (".5", "0.50"), ("4.5e33", r"4.5 \times 10^{33}"),
                 ("101_2", "5"),
-                ("0.142857142857143", r"\frac17")],
+                ("0.142857142857143", r"\frac17"), (r"0.\overline{6}", r"\frac23"),
+                (r"-1.8\overline{3}", r"-\frac{11}{6}"),
+                (r"2\ 345\ 678", "2345678")],
     "roots and powers": [("2√3", r"\sqrt{12}"), (r"\sqrt[3]{-8}", "-2"), ("2^{-3}", r"\frac18"),
                          ("10^{400}", r"10^{300}\cdot10^{100}"), ("9^{1/2}", "3"),
                          (r"\frac{1}{\sqrt5}", r"\frac{\sqrt5}{5}")],
@@ -932,16 +935,24 @@ EQUAL = {
     "complex": [("3+2i", "2i+3"), (r"\frac{1}{i}", "-i"), (r"e^{i\pi}", "-1"), (r"\sqrt{-9}", "3i")],
     "quantities": [(r"35\%", "35"), ("0.35", r"35\%"), ("40°", "40^{\\circ}"), (r"180^\circ", r"\pi"),
                    (r"\$9", "9"), (r"7 \text{ cm}", "7"),
-                   ("7 cm", r"7\mathrm{~cm}"), (r"3 \text{ million}", "3000000")],
+                   ("7 cm", r"7\mathrm{~cm}"), ("12 feet", r"12 \text{ ft}"),
+                   (r"5 \text{ marbles}", "5"), (r"4 \text{ kPa}", "4"), (r"3 \text{ million}", "3000000")],
     "lists": [("x = 4", "4"), ("1, 2", "2,1"), (r"\{3, 1\}", "1, 3"), ("(1, 0.5)", r"(1,\frac12)"),
-              ("p=3, q=4; p=5, q=6", "(5,6),(3,4)"), ("4, 6, and 9", "4,6,9"),
+              ("p=3, q=4; p=5, q=6", "(5,6),(3,4)"), ("(p,q)=(3,4)", "q=4, p=3"), ("p=3, q=4", "(3,4)"),
+              (r"x\in\{1,2\}", r"\{2,1\}"), (r"\{1,2\}\cup\{3\}", r"\{1,2,3\}"), (r"\{\frac12\}", r"\{0.5\}"),
+              (r"2k\pi, k\in\mathbb{Z}", r"2\pi k, k \in \mathbb Z"), ("4, 6, and 9", "4,6,9"),
               ("a=1, b=2", "b=2, a=1"), ("120,250", "250, 120")],
     "intervals": [(r"(-\infty, 2]", "(-∞,2]"), (r"(0,1)\cup[2,3)", r"[2,3)\cup(0,1)"), ("0<x<=1", "(0,1]"),
                   (r"x \ge 5", r"[5,\infty)"), (r"x\in(1,2)", "(1,2)"),
-                  (r"\emptyset", r"\{\}")],
+                  (r"\emptyset", r"\{\}"), (r"\{x\in\mathbb{R} : x>3\}", r"(3,\infty)"),
+                  (r"x<0 \text{ or } x>1", r"(-\infty,0)\cup(1,\infty)")],
     "matrices": [(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2 \\ 3 & 4\end{bmatrix}"),
                  (r"\begin{pmatrix}5\\6\end{pmatrix}", "(5,6)"),
-                 (r"2\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\4\end{pmatrix}")],
+                 (r"2\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\4\end{pmatrix}"),
+                 (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}\begin{pmatrix}5\\6\end{pmatrix}", "(17,39)"),
+                 (r"A^{-1}=\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                 (r"\begin{pmatrix}1&1\\0&1\end{pmatrix}^2", r"\begin{pmatrix}1&2\\0&1\end{pmatrix}"),
+                 (r"t\begin{pmatrix}1\\\sqrt2\end{pmatrix}", r"\begin{pmatrix}t\\\frac{2t}{\sqrt2}\end{pmatrix}")],
     "relations": [("x > 7", "7 < x"), ("2x > 6", "x > 3"), ("y = 3x - 1", "6x - 2y = 2"), ("x=y", "y=x"),
                   (r"x \neq 2", "x != 2")],
     "plus-minus": [(r"2 \pm \sqrt3", r"2+\sqrt3, 2-\sqrt3"), (r"x=\pm 4", r"x=4 \text{ or } x=-4")],
@@ -952,7 +963,8 @@ EQUAL = {
 
 DIFFERENT = {
     "near misses": [("10080", "10081"), ("10^{400}", "10^{400}+1"), (r"\sqrt2+10^{-15}", r"\sqrt2"),
-                    ("4210_5", "4210_6"), ("2√3", "2"), ("4.5e33", "4.5e32"), ("1/3", "3")],
+                    ("4210_5", "4210_6"), ("2√3", "2"), ("4.5e33", "4.5e32"), ("1/3", "3"),
+                    (r"0.\overline{3}", "0.3"), ("2½", "1")],
     "rounded": [("0.33", r"\frac13"), ("3.1415926", r"\pi"), ("1.41421356237", r"\sqrt2")],
     "hedges": [("5 or 6", "5"), ("5, 6", "5"), (r"\{5, 6\}", "5"), ("5 6", "5"), ("5|6", "5"), ("5;6", "6"),
                (r"5 \text{ and } 6", "5"), (r"\pm 5", "5"),
@@ -960,13 +972,21 @@ DIFFERENT = {
                ("(A) or (B)", "A"), (r"\text{about } 5", "5")],
     "percent": [(r"35\%", "3500"), ("0.35", "35"), (r"35\%", r"0.35\%"), (r"\%", "1")],
     "containers": [("(1,2)", "(2,1)"), ("(1,2)", "[1,2)"), (r"\{1,2\}", "(1,2)"), ("1,2", "1,2,3"),
+                   ("(1,2),(3,4)", r"(1,2)\cup(3,4)"), ("x=1, y=2", "(2,1)"), ("x=1, x=2", "(1,2)"),
+                   ("|x|<3", r"(-\infty,3)"),
+                   (r"\begin{pmatrix}0&0\\0&0\end{pmatrix}", "0"), (r"2\begin{pmatrix}1&2\end{pmatrix}", "6"),
+                   (r"A+B=\begin{pmatrix}1&2\end{pmatrix}", r"A+B=\begin{pmatrix}2&1\end{pmatrix}"),
+                   (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                   (r"\begin{pmatrix}1&2\end{pmatrix}^2", r"\begin{pmatrix}1&4\end{pmatrix}"),
                    ("(1,2)", r"(1,2)\cup(3,4)"), ("(2,1)", "1<x<2"), ("x>1", "y>1"),
                    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("1:2:3", "1:3:2")],
     "relations": [("x>2", r"x\ge2"), ("-x>2", "x>-2"), ("y=2x", "x=2y"), ("x^2=x", "x=1"), ("x+y=3", "3"),
                   ("x=3", "y=3")],
     "expressions": [("x+C", "x"), ("2x", "2y"), ("x^2", "x^3"), (r"\sqrt{x^2}", "x"), ("a", "A"),
-                    (r"\sin x^2", r"\sin^2 x"), ("5x", "5"), ("f(y)", "f(x)"), ("a_1", "a_2")],
-    "units": [(r"5 \text{ cm}", r"5 \text{ m}"), (r"5 \text{ cm}^2", r"5 \text{ cm}"), (r"5 \text{ million}", "5")],
+                    (r"\sin x^2", r"\sin^2 x"), ("5x", "5"), ("f(y)", "f(x)"), ("a_1", "a_2"),
+                    ("f(0)", "0"), (r"f\left(0\right)", "0"), ("xcos(t)", "cos(t)"), ("AB", "ab"), ("AB", "aB")],
+    "units": [(r"5 \text{ cm}", r"5 \text{ m}"), (r"5 \text{ cm}^2", r"5 \text{ cm}"), (r"5 \text{ million}", "5"),
+              (r"5 \text{ billion}", "5"), (r"5 \text{ not}", "5"), (r"5 \text{ at most}", "5")],
     "undefined": [(r"\frac00", "0"), (r"\infty-\infty", "0"), (r"\emptyset", "0"), ("", "0"), ("0x5", "0"),
                   ("nan", "5")],
     "words": [("A", "B"), ("east", "seat"), ("yes", "no")]}
@@ -975,7 +995,10 @@ HOSTILE = ["__import__('os').system('touch pwned')", "exec(\"open('pwned','w')\"
            "2^{10^{12}}", "9^{9^{9^9}}", "(10^9)!", "10**10**10",
            "1e-1000000000", "(" * 1400 + "5" + ")" * 1400, "{" * 3000, "-" * 2900 + "5", "2^" * 1400 + "2",
            "1000!*" * 400 + "1", r"\sqrt{" * 500, "9" * 100_000,
-           r"\sin " * 700 + "x", "1," * 1400 + "1", r"\begin{pmatrix}" * 150, "(a+b+c+d+e+f)^{100}", "\0", "\\",
+           r"\sin " * 700 + "x", "1," * 1400 + "1", r"\begin{pmatrix}" * 150,
+           r"\begin{pmatrix}x&y\\1&2\end{pmatrix}" * 70,
+           r"\begin{pmatrix}9!!!!&1\end{pmatrix}\begin{pmatrix}1\\1\end{pmatrix}", r"0.\overline{%s}" % ("3" * 2900),
+           "(a+b+c+d+e+f)^{100}", "\0", "\\",
            r"\frac", "x_", "٥"]
 
 def cases(table):
@@ -1021,6 +1044,8 @@ def test_speed():
 # ----------------------------------------------------------------------------------------------------------------------
 # The verifier: programs, the pool, the command line.
 
+RIGHT, HANG = {"inputs": [""], "outputs": ["1"]}, "```python\nimport os, time\nos.fork()\ntime.sleep(99)\n```"
+
 @pytest.fixture(scope="module")
 def grade():
     """A function that scores a program by inputs and outputs (and fn_name), in bubblewrap."""
@@ -1033,231 +1058,212 @@ def grade():
         run.verifier = verifier
         yield run
 
-def processes():
-    """The ids of the living processes that run the driver or are workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:  # the command line of a dead process is empty
-            line = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"def become_program(" in line or b"--worker" in line and verify.__file__.encode() in line:
-            found.append(int(path.name))
-    return found
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
-def gone(left=0, seconds=5.0):
-    """Are there in time no more processes than `left`?"""
-    end = time.monotonic() + seconds
-    while len(processes()) > left and time.monotonic() < end:
+def left(most=0, seconds=5.0):
+    """How many workers and sandboxes live; waits a while for no more than `most`."""
+    for _ in range(int(seconds * 20) + 1):
+        lines = map(command_line, filter(str.isdigit, os.listdir("/proc")))
+        count = sum(b"become_program" in x or b"--worker" in x and verify.__file__.encode() in x for x in lines)
+        if count <= most:
+            break
         time.sleep(0.05)
-    return len(processes()) <= left
+    return count
 
-STDIN = [  # programs that read "3 4" and print 7
+@pytest.mark.parametrize("program", [  # they read "3 4" and print 7
     "a, b = map(int, input().split())\nprint(a + b)",
     "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))\nexit()",
+    "import sys\ninput = sys.stdin.readline\nsys.stdout.write(str(sum(map(int, input().split()))))\nsys.exit(0)",
     "print(sum(map(int, open(0).read().split())), end='')\nraise SystemExit",
-    "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
+    "import os\nos.write(1, str(sum(map(int, os.read(0, os.fstat(0).st_size).split()))).encode())",
     "with open('/dev/stdin') as f: print(sum(map(int, f.readline().split())))\nquit()",
     "if __name__ == '__main__':\n    print(eval(input().replace(' ', '+')), '\\n\\n')",
-    "import tempfile\nwith tempfile.TemporaryFile('w+') as f:\n    f.write(input())\n    f.seek(0)\n"
-    "    print(sum(map(int, f.read().split())))",
-    "import threading, sys\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 26)\n"
-    "def f(n): return n and 1 + f(n - 1)\nthreading.Thread(target=lambda: print(f(70000) // 10000)).start()",
-    "import atexit, io, sys, os\nout = sys.stdout = io.StringIO()\n"
-    "atexit.register(lambda: os.write(1, out.getvalue().encode()))\nprint(7)",
-    "from dataclasses import dataclass\nimport pickle\n@dataclass\nclass P:\n    x: int\n"
+    "import tempfile\nwith tempfile.TemporaryFile('w+') as f:\n    f.write('7')\n    f.seek(0)\n    print(f.read())",
+    "import resource, threading, sys\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 29, -1))\n"
+    "sys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 29)\ndef f(n): return n and 1 + f(n - 1)\n"
+    "t = threading.Thread(target=lambda: print(f(70000) // 10000))\nt.start()\nt.join()",
+    "import atexit, io, sys, os\no = sys.stdout = io.StringIO()\nprint(7)\n"
+    "atexit.register(lambda: os.write(1, o.getvalue().encode()))",
+    "import pickle\nfrom dataclasses import *\n@dataclass\nclass P:\n    x: int\n"
     "print(pickle.loads(pickle.dumps(P(7))).x)",
-]
-
-@pytest.mark.parametrize("program", STDIN)
+])
 def test_stdin_conventions(grade, program):
-    assert grade(program, ["3 4\n", ["3 4"]], ["7\n", ["7"]]) == 1.0
+    assert grade(program, ["3 4\n", ["3 4"]], ["7\n", [7]]) == 1.0
 
 @pytest.mark.parametrize("program, inputs, outputs", [
     ("def f(a, b): return a + b", [[1, 2], [3, 4]], [3, 7]),
     ("def f(a, b): return a + b", ["1\n2", "[1]\n[2]"], ["3", "[1, 2]"]),  # the paper's format
     ("class Solution:\n    def f(self, a: List[int]): return Counter(a).most_common(1)[0][0]", [[[2, 2, 1]]], [2]),
     ("def f(): return [(1, 'a'), (2, None)]", [[], ""], [[[1, "a"], [2, None]], '[[1, "a"], [2, null]]']),
-    ("f = lambda n: float(inf) > n and math.isqrt(n)", [[17]], [4]),
+    ("f = lambda n: float(inf) > n and bisect.bisect_left([1], isqrt(n)) + heapq.nlargest(1, [n])[0]", [[17]], [18]),
     ("import sys\ndef f(n):\n    print('noise'); return n\nif __name__ == '__main__': sys.exit(1)", [[5]], [5]),
     ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: B\n"
      "def f(n): return A(n).x", [[5]], [5]),
+    ("def f(n): return n and 1 + f(n - 1)", [[9999]], [9999]),
+    ("class N(int):\n    __slots__ = ()\nclass A:\n    def tolist(self): return [1, 2]\ndef f(): return A(), N(3)",
+     [[]], [[[1, 2], 3]]),  # what numpy's arrays and scalars have
 ])
 def test_function_conventions(grade, program, inputs, outputs):
     assert grade(program, inputs, outputs, "f") == 1.0
 
-@pytest.mark.parametrize("actual, expected, same", [
-    ("1 2 3", "1 2\n3\n", True), ("0.333333333", "0.3333334", True), ("1e-9", "0.000000001", True),
-    ("10000000000000001", "10000000000000000", False), ("2.0", "2", False), ("1.00001", "1.0", False),
-    ("2 1", "1 2", False), ("1 1", "1", False), ("Yes", "YES", False), ("inf", "1.5", False), ("nan", "nan", True),
-    ("1e999", "2e999", False), ("1_0.5", "10.5", False), ("9" * 5000, "1.5", False),
+@pytest.mark.parametrize("name, equal, pairs", [
+    (None, True, [("1 2 3", "1 2\n3\n"), ("0.333333333", "0.3333334"), ("1e-9", "0.000000001"), ("nan", "nan"),
+                  ("1.0 x", "1.00 x")]),
+    (None, False, [("10000000000000001", "10000000000000000"), ("2.0", "2"), ("1.00001", "1.0"), ("2 1", "1 2"),
+                   ("1 1", "1"), ("Yes", "YES"), ("inf", "1.5"), ("1_0.5", "10.5"), ("9" * 5000, "1.5")]),
+    ("f", True, [("[1, [2, null]]", [1, [2, None]]), ("2.0", 2), ("0.30000001", 0.3), ('{"a": 1}', {"a": 1})]),
+    ("f", False, [("true", 1), ("0", False), ("2.0000001", 2), ("[1, 2]", [2, 1]), ("[1, 2]", [1]), ('"1"', 1),
+                  ('{"a": 1}', {"a": 1, "b": 2}), ("NaN", 1.5), ("1.5", float("inf"))]),
 ])
-def test_text_comparison(actual, expected, same):
-    assert verify.passes(actual, "stdin", expected) is same
-
-@pytest.mark.parametrize("actual, expected, same", [
-    ("[1, [2, null]]", [1, [2, None]], True), ("true", 1, False), ("0", False, False), ("2.0", 2, True),
-    ("0.30000001", 0.3, True), ("2.0000001", 2, False), ("[1, 2]", [2, 1], False), ("[1, 2]", [1], False),
-    ('{"a": 1}', {"a": 1}, True), ('{"a": 1}', {"a": 1, "b": 2}, False), ('"1"', 1, False), ("NaN", 1.5, False),
-])
-def test_value_comparison(actual, expected, same):
-    assert verify.passes(actual, "function", expected) is same
+def test_comparison(name, equal, pairs):
+    assert [pair for pair in pairs if verify.passes(pair[0], name, pair[1]) is not equal] == []
 
 @pytest.mark.parametrize("response, code", [
-    ("```python\na\n```\nor\n```Python3\r\nb\r\n```\n```text\nc\n```", "b\n"),
-    ("```py\na = '```'\nb\n```", "a = '```'\nb\n"),
-    ("1. so\n   ```python\n   if a:\n       b\n   ```", "if a:\n    b\n"), ("```python\nunfinished", "unfinished"),
-    ("```\na\n```", None), ("print(1)", None),
-])
+    ("```python\na\n```\nor\n```Python3\r\nb\r\n```\n```text\nc\n```", "b\n"), ("```\na\n```", None),
+    ("```py\na = '```'\nb\n```", "a = '```'\nb\n"), ("```python\nunfinished", "unfinished"), ("1", None),
+    ("1. so\n   ```python\n   if a:\n       b\n   ```", "if a:\n    b\n")])
 def test_extraction(response, code):
     assert verify.extract_code(response) == code
 
 HOSTILE = {  # name: a program which prints 1, and would be right, if its attack worked
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "memory": "x = bytearray(3 << 30)\nprint(1)",
     "memory of children": "import os, time\nfor _ in range(8):\n    if not os.fork():\n        x = b'x' * (400 << 20)\n"
                           "        time.sleep(1)\n        os._exit(0)\nfor _ in range(8): os.wait()\nprint(1)",
     "files": "for i in range(99): open(f'/tmp/{i}', 'wb').write(bytes(15 << 20))\nprint(1)",
     "many files": "import os\nfor i in range(200000): os.close(os.open(f'/tmp/{i}', os.O_CREAT))\nprint(1)",
-    "output": "import os\nfor _ in range(99): os.write(1, bytes(1 << 20))",
-    "memory files": "import os\nos.memfd_create('x')\nprint(1)",
-    "big integer": "print(1, flush=True)\n9 ** 9 ** 9",
-    "sleep": "import time\nprint(1, flush=True)\ntime.sleep(99)",
-    "stop": "import os\nprint(1, flush=True)\nos.kill(0, 19)",
-    "crash": "print(1, flush=True)\nimport ctypes\nctypes.string_at(0)",
-    "exit status": "print(1)\nexit(1)",
-    "sockets": "import socket\nsocket.socket(socket.AF_UNIX)\nprint(1)",
-    "namespaces": "import ctypes\nprint(1 + ctypes.CDLL(None).unshare(0x10000000))",
-    "driver's memory": "open('/proc/1/mem', 'rb')\nprint(1)",
-    "driver's replies": "import os\nos.listdir('/proc/1/fd')\nprint(1)",
     "tracing": "import ctypes, os\nprint(1 + ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))",
-    "Python's files": "import os\nopen(os.__file__, 'a')\nprint(1)",
-    "root folder": "open('/x', 'w')\nprint(1)",
-    "host's files": f"open({__file__!r})\nprint(1)",
     "environment": "import os\nprint(+('PYTEST_CURRENT_TEST' in os.environ))",
-    "user": "import os\nprint(+(os.getuid() == 0))",
-    "syntax": "print(1",
-    "nul": "print(1)\0",
+    "namespaces": "import ctypes\nprint(1 + ctypes.CDLL(None).unshare(0x10000000))",
+    "sockets": "from socket import *\nsocket(AF_UNIX)\nprint(1)", "host's files": f"open({__file__!r})\nprint(1)",
+    "memory": "x = bytearray(3 << 30)\nprint(1)", "output": "import os\nwhile 1: os.write(1, bytes(1 << 20))",
+    "memory files": "import os\nos.memfd_create('x')\nprint(1)", "big integer": "print(1, flush=True)\n9 ** 9 ** 9",
+    "sleep": "import time\nprint(1, flush=True)\ntime.sleep(99)", "stop": "import os\nprint(1)\nos.kill(0, 19)",
+    "crash": "print(1, flush=True)\nimport ctypes\nctypes.string_at(0)", "exit status": "print(1)\nexit(1)",
+    "error at the end": "import atexit, os\natexit.register(os.abort)\nprint(1, flush=True)", "syntax": "print(1",
+    "driver's memory": "open('/proc/1/mem', 'rb')\nprint(1)", "user": "import os\nprint(+(os.getuid() == 0))",
+    "driver's replies": "import os\nos.listdir('/proc/1/fd')\nprint(1)", "nul": "print(1)\0",
+    "Python's files": "import os\nopen(os.__file__, 'a')\nprint(1)", "root folder": "open('/x', 'w')\nprint(1)",
+    "devices": "open('/dev/shm/x', 'w')\nprint(1)",
 }
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(grade, name):
     assert grade(HOSTILE[name], [""], ["1"]) == 0.0
-    assert grade("print(1)", [""], ["1"]) == 1.0 and gone(1)
+    assert grade("print(1)", [""], ["1"]) == 1.0 and left(1) == 1
 
 @pytest.mark.parametrize("program", [
     "class A(int):\n    def __eq__(self, other): return True\ndef f(n): return A(5)",
-    "import json, builtins\njson.dumps = lambda *_: '[1, 2]'\nbuiltins.len = lambda _: 2\ndef f(n): return 7",
+    "import json, builtins\njson.dumps = lambda *_, **__: '[1, 2]'\nbuiltins.len = lambda _: 2\ndef f(n): return 7",
     "import os\nfor fd in range(64):\n    try: os.write(fd, b'true')\n    except OSError: pass\nos._exit(0)",
-    "def f(n): return f", "def f(n):\n    a = []\n    for _ in range(9999): a = [a]\n    return a", "gcd = 1",
+    "def f(n): return f", "def f(n):\n    a = []\n    for _ in range(9999): a = [a]\n    return a", "pass",
     "def f(n):\n    a = {}\n    a[1] = a\n    return a", "def f(n): return 7 ** 20000",
 ])
 def test_results_are_not_forged(grade, program):
     assert grade(program, [[1], [2]], [1, 2], "f") == 0.0
+    assert grade("pass", [[-1]], [1], "fabs") == 0.0  # what is implied is no solution
 
 def test_tests_do_not_influence_each_other(grade):
-    for folder in ("/tmp", "/dev/shm", "."):
-        count = f"import os\nn = len(os.listdir('{folder}'))\nopen(f'{folder}/{{n}}', 'w')\nprint(n)"
-        assert grade(count, [""] * 3, ["0", "1", "2"]) == pytest.approx(1 / 3)
+    count = "import os\nn = len(os.listdir())\nopen(f'/tmp/{n}', 'w')\nprint(n)"
+    assert grade(count, [""] * 3, ["0", "1", "2"]) == pytest.approx(1 / 3)
     killer = "import os\nfor s in range(1, 65):\n    try: os.kill(1, s)\n    except OSError: pass\nprint(2)"
     assert grade(killer, ["", ""], ["2", "2"]) == 1.0
     daemon = ("import os, time\nif not os.fork():\n    os.setsid()\n    os.fork()\n    time.sleep(99)\n"
               "print(len([p for p in os.listdir('/proc') if p.isdigit()]) < 5)")
-    assert grade(daemon, [""] * 4, ["True"] * 4) == 1.0 and gone(1)
+    assert grade(daemon, [""] * 4, ["True"] * 4) == 1.0 and left(1) == 1
 
 def test_partial_scores_and_limits(grade):
     assert grade("print(6 // int(input()))", ["1", "0", "3"], ["6", "0", "2"]) == pytest.approx(2 / 3)
     assert grade("n = int(input())\nwhile n: pass\nprint(n)", ["0", "1", "0"], ["0", "1", "0"]) == pytest.approx(2 / 3)
-    response, reference = "```python\nprint(input())\n```", {"inputs": ["1", "2", "3"], "outputs": ["1", "0", "0"]}
-    with verify.Verifier(workers=1, max_tests=1) as verifier:
-        assert verifier.submit(response, "code", reference).result() == 1.0
+    tests = {"inputs": ["1"] * 9, "outputs": ["1"] + ["0"] * 8}
+    for most, value in ((0, 0.0), (1, 1.0), (2, 0.5)):
+        with verify.Verifier(workers=1, max_tests=most) as verifier:
+            assert verifier.submit("```python\nprint(1)", "code", tests).result() == value
     with verify.Verifier(workers=1, timeout=1, total_timeout=1.5) as verifier:
         start = time.monotonic()
-        slow = {"inputs": ["1"] * 9, "outputs": ["1"] * 9}
-        assert verifier.submit("```python\nwhile True: pass\n```", "code", slow).result() == 0.0
-        assert time.monotonic() - start < 6
+        assert verifier.submit(HANG, "code", tests).result() == 0.0 and time.monotonic() - start < 6
 
 def test_malformed_items_score_zero(grade):
     code = "```python\nprint(1)\n```"
     bad = [None, 3, "", "{", "[]", {}, {"inputs": []}, {"inputs": [""], "outputs": []}, {"inputs": 1, "outputs": 1},
-           {"inputs": [], "outputs": []}, {"inputs": [object()], "outputs": [""]}, {"asserts": 7}]
-    items = [(code, "code", reference) for reference in bad]
-    items += [(None, "code", {}), (code, "poetry", {}), (b"", "math", "1")]
-    right = {"inputs": [""], "outputs": ["1"]}
-    assert grade.verifier.score_batch([*items, (code, "code", json.dumps(right))]) == [0.0] * len(items) + [1.0]
+           {"inputs": [], "outputs": []}, {"inputs": [object()], "outputs": [""]}, {"asserts": 7},
+           {"inputs": [""], "outputs": [None]}, {"inputs": [3], "outputs": [1], "fn_name": "f"},
+           {"inputs": ["x"], "outputs": ["1"], "fn_name": ["f"]}]
+    items = [(code, "code", reference) for reference in bad] + [("```python\n'\ud800'\nprint(1)", "code", RIGHT)]
+    items += [(None, "code", RIGHT), (code, "poetry", RIGHT), (code, [], RIGHT), (b"", "math", "1"), (1, "math", "1")]
+    items = [*items, (code, "code", json.dumps(RIGHT))]
+    assert grade.verifier.score_batch(item for item in items) == [0.0] * (len(items) - 1) + [1.0]
 
-SOLUTION = "class Solution:\n    def twice(self, n: int) -> List[int]:\n        return [n, {}]"
-
-@pytest.mark.parametrize("script", [
-    "s = Solution()\ncase = {'n': 4}\nassert s.twice(**case) == [4, 4]", "assert Solution().twice(4) == [4, 4]",
-    "def check(candidate):\n    assert candidate(n=4) == [4, 4]",
-    "def check(candidate):\n    assert candidate(n=4) == [4, 4]\ncheck(Solution().twice)"])
-def test_assert_scripts(grade, script):
-    reference = {"asserts": script}
+@pytest.mark.parametrize("name, script", [
+    (None, "s = Solution()\ncase = {'n': 4}\nassert s.twice(**case) == [4, 4]"),
+    (None, "def check(candidate):\n    assert candidate(n=4) == [4, 4]\ncheck(Solution().twice)"),
+    ("Solution().twice", "def check(candidate):\n    assert candidate(n=4) == [4, 4]")])
+def test_assert_scripts(grade, name, script):
     for second, value in (("n", 1.0), ("n + 1", 0.0), ("__import__('os')._exit(0)", 0.0)):
-        assert grade.verifier.submit(f"```python\n{SOLUTION.format(second)}\n```", "code", reference).result() == value
+        program = f"class Solution:\n    def twice(self, n: int) -> List[int]:\n        return [n, {second}]"
+        reference = {"asserts": script, "fn_name": name}
+        assert grade.verifier.submit(f"```python\n{program}\n```", "code", reference).result() == value
 
 def test_limits_mode_runs_without_bubblewrap(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    reference = {"inputs": ["1", "2", "3"], "outputs": ["1", "2", "4"]}
-    hang = "import os, time\nos.fork()\ntime.sleep(9)"
     with verify.Verifier(workers=1, timeout=1, sandbox="limits") as verifier:
-        assert verifier.submit("```python\nprint(input())\n```", "code", reference).result() == pytest.approx(2 / 3)
-        assert verifier.submit(f"```python\n{hang}\n```", "code", reference).result() == 0.0 and gone(2)
-        verifier.submit(f"```python\n{hang}\n```", "code", reference)
+        tests = {"inputs": ["1", "2", "3"], "outputs": ["1", "2", "4"]}
+        assert verifier.submit("```python\nprint(input())", "code", tests).result() == pytest.approx(2 / 3)
+        assert verifier.submit(HANG, "code", tests).result() == 0.0 and left(2) <= 2  # one is the worker of `grade`
+        verifier.submit(HANG, "code", tests)
         time.sleep(0.5)
-    assert gone(1)
+    assert left(1) <= 1
 
-def test_code_is_refused_without_bubblewrap(monkeypatch):
+def test_code_is_refused_without_bubblewrap(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
-    verify.refusal.cache_clear()
-    verify.bubblewrap.cache_clear()
+    monkeypatch.setattr(verify, "refusal", verify.functools.cache(verify.refusal.__wrapped__))
+    monkeypatch.setattr(verify, "bubblewrap", verify.bubblewrap.__wrapped__)
     with verify.Verifier(workers=1) as verifier:
         with pytest.raises(RuntimeError, match="^code cannot be scored: install bubblewrap[^\n]*$"):
-            verifier.submit("```python\nprint(1)\n```", "code", {"inputs": [""], "outputs": ["1"]})
-        assert verifier.submit(r"\boxed{7}", "math", "7").result() == 1.0
-    verify.refusal.cache_clear()
-    verify.bubblewrap.cache_clear()
+            verifier.submit("```python\nprint(1)", "code", RIGHT)
+        assert verifier.score_batch([(HANG, "code", RIGHT), (r"\boxed{7}", "math", "7")]) == [0.0, 1.0]
+    assert capsys.readouterr().err.count("install bubblewrap") == 1
 
 def test_pool_replaces_workers_and_leaves_nothing(grade):
-    with verify.Verifier(workers=2, timeout=1.5) as verifier:
-        verifier.workers[0].process.kill()
-        verifier.workers[0].process.wait()
-        assert verifier.score_batch([(r"\boxed{7}", "math", "7")] * 4) == [1.0] * 4
-        reference = {"inputs": [""] * 99, "outputs": [""] * 99}
-        hanging = verifier.submit("```python\nwhile True: pass\n```", "code", reference)
-        time.sleep(0.5)
-        assert len(processes()) > 3
-    assert hanging.result(1) == 0.0 and gone(1)  # the worker of `grade`
-    assert verify.score("```python\nprint(1)\n```", "code", {"inputs": [""], "outputs": ["1"]}) == 1.0
+    with verify.Verifier(workers=2) as verifier:
+        for _ in range(2):
+            assert verifier.score_batch([(r"\boxed{7}", "math", "7")] * 4) == [1.0] * 4
+            for worker in verifier.workers.values():
+                worker.kill()
+                worker.wait()
+        hanging = verifier.submit(HANG, "code", RIGHT)
+        time.sleep(0.7)
+        assert left(seconds=0) > 2
+    assert hanging.result(1) == 0.0 and left(1) == 1
+    assert verify.score("```python\nprint(1)", "code", RIGHT) == 1.0
 
 def test_nothing_survives_the_trainer(grade):
-    script = ("import verify, time\nv = verify.Verifier(workers=2)\n"
-              "f = v.submit('```python\\nwhile True: pass\\n```', 'code', {'inputs': [''], 'outputs': ['']})\n"
-              "time.sleep(99)")
+    script = f"import verify, time\nv = verify.Verifier()\nf = v.submit({HANG!r}, 'code', {RIGHT})\ntime.sleep(99)"
     trainer = subprocess.Popen([sys.executable, "-c", script], cwd=Path(verify.__file__).parent)
     time.sleep(1.5)
-    assert len(processes()) > 3
-    trainer.send_signal(signal.SIGKILL)
+    assert left(seconds=0) > 2
+    trainer.kill()
     trainer.wait()
-    assert gone(1)
+    assert left(1) == 1
 
 def cli(*arguments):
     command = [sys.executable, verify.__file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 def test_command_line(tmp_path, grade):
-    path, right = tmp_path / "responses.jsonl", {"inputs": [""], "outputs": ["1"]}
+    path = tmp_path / "responses.jsonl"
     rows = [{"response": r"\boxed{7}", "task": "math", "reference": "7"},
-            {"response": "```python\nprint(1)\n```", "task": "code", "reference": right},
-            {"response": "none", "task": "code", "reference": right}]
+            {"response": "```python\nprint(1)", "task": "code", "reference": RIGHT},
+            {"response": "none", "task": "code", "reference": RIGHT}]
     path.write_text("\n".join([json.dumps(rows[0]), "{", '{"task": "math"}', *map(json.dumps, rows[1:])]) + "\n")
     done = cli(path)
     assert done.returncode == 0 and "0.6667" in done.stdout and "line 2" in done.stderr and "line 3" in done.stderr
     scores = [json.loads(line)["score"] for line in (tmp_path / "responses.scores.jsonl").read_text().splitlines()]
     assert scores == [1.0, None, None, 1.0, 0.0]
-    assert cli(path, "--output", tmp_path / "other.jsonl", "--workers", 1).returncode == 0
-    for wrong in ([path], [], [path, "--workers", 0], [path, "--sandbox", "none"], ["--answer", "1"], ["no.jsonl"]):
+    for wrong in ([], [path, "--sandbox", "none"], [path, "--answer=1", "--gold=1"], ["--answer", "1"], ["no.jsonl"]):
         done = cli(*wrong)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert (cli("--answer", "1", "--gold", "1").stdout, cli("--answer", "1", "--gold", "2").returncode) == ("True\n", 1)

@@ -9,13 +9,11 @@ import cmath
 import contextlib
 import ctypes
 import functools
-import gc
 import inspect
 import json
 import math
 import os
 import platform
-import queue
 import random
 import re
 import resource
@@ -42,7 +40,7 @@ from pathlib import Path
 MAX_LENGTH = 3000  # characters of an answer that is parsed; longer ones are compared as text
 MAX_DEPTH = 40  # nested groups
 MAX_BITS = 10_000  # of a numerator or denominator: 3,000 digits
-MAX_ITEMS = 50  # elements of a list or set
+MAX_ITEMS = 50  # elements of a list or set, cells of a product of matrices
 
 def extract_answer(response: str) -> str | None:
     r"""What stands in the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`; None if that is unclosed or missing."""
@@ -62,38 +60,49 @@ def extract_answer(response: str) -> str | None:
 SPELLINGS = {  # tokens, and how else they are spelled
     r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\sqrt": "√ sqrt", "π": r"\pi pi", "±": r"\pm",
     "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "<": r"\lt", ">": r"\gt", "≠": r"\ne \neq !=",
-    "=": "==", "≈": r"\approx", "∈": r"\in", "*": r"\cdot \times \ast · × ⋅", "/": r"\div ÷", "-": "− –", "^": "**",
-    "∓": r"\mp", "^ 2": "²", "^ 3": "³", "unit °": r"° \circ \degree degrees degree", "∞": r"\infty oo inf",
-    "unit %": r"% \% percent percentage pct", "∪": r"\cup", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "or and",
-    r"\{ \}": r"\emptyset \varnothing ∅", "|": r"\mid \vert \lvert \rvert", "(": r"⟨ \langle", ")": r"⟩ \rangle",
-    "* 1000": "thousand", "* 1000000": "million"}
+    "=": "==", "≈": r"\approx", "∈": r"\in", "*": r"\cdot \times \ast · × ⋅", "/": r"\div ÷", "^": "**",
+    "+": "plus", "-": "− – minus", "∓": r"\mp", "^ 2": "²", "^ 3": "³", "∞": r"\infty oo inf infinity", "∪": r"\cup",
+    "unit °": r"° \circ \degree degrees degree", "unit %": r"% \% percent percentage pct", r"\{": r"\lbrace",
+    r"\}": r"\rbrace", r"\{ \}": r"\emptyset \varnothing ∅", "(": r"⟨ \langle", ")": r"⟩ \rangle",
+    "|": r"\mid \vert \lvert \rvert", ",": "or and", r"\overline": r"\bar", "…": r"\ldots \dots",
+    "* 1000": "thousand", "* 1000000": "million", "* 1000000000": "billion",
+    r"\frac 1 2": "½", r"\frac 1 3": "⅓", r"\frac 2 3": "⅔", r"\frac 1 4": "¼", r"\frac 3 4": "¾"}
 SPELLINGS = {name: re.split("(?<!unit) ", tokens) for tokens, names in SPELLINGS.items() for name in names.split()}
 SKIPPED = set(r". $ \$ € £ ¥ ~ \, \; \: \! \( \) \[ \] \quad \qquad \left \right \big \Big \bigl \bigr \Bigl \Bigr "
               r"\limits \boxed \displaystyle \mathbf \mathit \mathcal \boldsymbol".split()) | {"\\ ", "\\\n"}
-SYMBOLS = ("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
-           "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell angle triangle "
-           "sum prod vec bar hat overline overrightarrow")  # sums and accents count as factors
-SYMBOLS = {"∞"} | {"\\" + name for name in SYMBOLS.split()}
+SYMBOLS = {"∞"} | {"\\" + name for name in (  # sums and accents count as factors
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell angle triangle sum prod vec hat overline overrightarrow "
+    "mathbb").split()}
 INVERSES = {name: "a" + name for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")}
 RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
-FUNCTIONS = {name: name for name in [*INVERSES, *INVERSES.values(), *RECIPROCALS, "exp", "log", "ln", "lg"]}
-FUNCTIONS |= {"arc" + name: inverse for name, inverse in INVERSES.items()}
-UNITS = {unit: unit for unit in "ft in m cm mm km g kg mg h min s mi yd mph lb L ml mL N J W V Hz kW".split()}
-UNITS |= {"feet": "ft", "foot": "ft", "inch": "in", "meter": "m", "centimeter": "cm", "kilometer": "km", "gram": "g",
-          "kilogram": "kg", "hour": "h", "minute": "min", "second": "s", "mile": "mi", "yard": "yd"}
-QUOTED = re.compile(r"\\(?:text[a-z]*|mathrm|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
+FUNCTIONS = {"\\" + name: name for name in [*INVERSES, *INVERSES.values(), *RECIPROCALS, "exp", "log", "ln", "lg"]}
+FUNCTIONS |= {r"\arc" + name: inverse for name, inverse in INVERSES.items()}
+UNITS = ("ft feet foot|in inch inche|m meter|cm centimeter|mm|km kilometer|mi mile|yd yard|g gram|kg kilogram|mg|"
+         "lb pound|h hr hour|min minute|s sec second|day|mph|L liter|mL ml|N|J|kJ|eV|W|kW|V|K|Hz|Pa|kPa|atm|mol mole|"
+         "people|yuan|cup|unit|per|square sq|cubic|th|dollar|cent")
+UNITS = {name: names.split()[0] for names in UNITS.split("|") for name in names.split()}
+REWRITES = (  # patterns and what takes their place, in this order
+    (r"\\(?:text[a-z]*|mathrm|mathsf|mbox|operatorname)\s*\{([^{}]*)\}",  # quotes mark the words in it
+     lambda match: re.sub("[A-Za-z]+", r' "\g<0>', match[1])),
+    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|[|:])", r"\\{"),  # {x | condition}
+    (r"\\mathbb\s*\{?R\}?", "(-∞,∞)"),
+    (r"\\(begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\}(?:\s*\{[clr| ]*\})?", r"\\\1 "),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"(?<=[0-9])\s*m(?=[²³])", ' "m'),
+    (r"(?<![A-Za-z])([A-DF-Za-df-hj-z])\s*(?:\\left)?\(([0-9]+)(?:\\right)?\)", r"\1_{\2}"),  # f(0) is no product
+    (r"(frac\s*[0-9])(?=[0-9])", r"\1 "),  # \frac12
+    (r"(?<![0-9])\.(?=[0-9])", "0."),
+    (r"([0-9]+)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}", lambda match:  # a repeating decimal
+     f"({match[1]}.{match[2] or 0}+{match[3]}/{'9' * len(match[3])}{'0' * len(match[2])})"),
+    (r"(?<=[0-9])(?:\s*\{\s*,\s*\}\s*|,?\\[!, ])(?=[0-9]{3})", ""))  # thousands: 1{,}234 and 1\,234
 TOKEN = re.compile(r'("?)([A-Za-z]+)'
                    r"|(\\[A-Za-z]+|\\.|[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?|<=|>=|!=|==|\*\*|\S)", re.S)
 
 def _tokens(text: str, first_reading: bool) -> list[str]:
     """Cut text into tokens of one spelling, without spacing and without braces around a single token."""
-    text = QUOTED.sub(lambda match: re.sub("[A-Za-z]+", r' "\g<0>', match[1]), text)  # quotes mark words of \text{...}
-    text = re.sub(r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", text)
-    text = re.sub(r"\\(begin|end)\s*\{[a-z]*(?:matrix|array)\}(?:\s*\{[^{}]*\})?", r"\\\1 ", text)
-    text = re.sub(r"(?<=[0-9])\s*m(?=[²³])", ' "m', text)
-    text = re.sub(r"(frac\s*[0-9])(?=[0-9])", r"\1 ", text)  # \frac12
-    text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
-    text = re.sub(r"(?<=[0-9])(?:\s*\{\s*,\s*\}\s*|,?\\[!,])(?=[0-9]{3})", "", text)  # thousands: 1{,}234 and 1\,234
+    for pattern, replacement in REWRITES:
+        text = re.sub(pattern, replacement, text)
     if first_reading:
         thousands = "(?<![0-9.])[1-9][0-9]{0,2}(?:[, ][0-9]{3})+(?![0-9])"
         text = re.sub(thousands, lambda match: re.sub("[, ]", "", match[0]), text)
@@ -102,12 +111,13 @@ def _tokens(text: str, first_reading: bool) -> list[str]:
     tokens = ["", ""]
     for quote, letters, token in TOKEN.findall(text):
         unit = UNITS.get(letters) or UNITS.get(letters.lower().removesuffix("s"))
-        if letters in FUNCTIONS:
+        if "\\" + letters in FUNCTIONS:
             tokens.append("\\" + letters)
         elif letters and letters not in SPELLINGS:
-            if len(letters) > 3 or quote and (unit or len(letters) > 1) or unit and len(letters) > 1:
+            if len(letters) > 3 or len(letters) > 1 and (quote or unit) or quote and unit:
+                unit = unit or re.fullmatch("[A-Za-z]{2,}[^s]s", letters) and letters  # another word only in the plural
                 has_number = re.match("[0-9)}π]|unit", tokens[-1] if tokens[-1] != "/" else tokens[-2])
-                tokens.append("unit " + (unit or letters) if has_number else letters)  # a unit, or a word of prose
+                tokens.append("unit " + unit if unit and has_number else letters)
             else:
                 tokens += letters  # a variable each
         elif token == "}" and tokens[-2] == "{":
@@ -119,14 +129,14 @@ def _tokens(text: str, first_reading: bool) -> list[str]:
     return tokens[2:] + ["\n"]
 
 # --- Parser -----------------------------------------------------------------------------------------------------------
-# A tree is a Fraction, a name or a tuple (kind, *arguments). Kinds of values are + * ^ and functions; others are list,
-# set, union, matrix, relation, :: (a ratio of several terms) and the brackets () (] [) [] of tuples and intervals.
-# Units and the sign ± are names among the factors of a product.
+# A tree is a Fraction, a name or a tuple (kind, *arguments). Kinds of values are + * : ^ and functions; others are
+# list, set, union, matrix, relation and the brackets () (] [) [] of tuples and intervals. Units and ± are names.
 
 RELATIONS = tuple("=≈∈<>≤≥≠")
 LEVELS = ((r"\\",), "&", ";", ",", RELATIONS, "∪", ":", "+-±∓", "*/")  # operators, the loosest first
-TERM, FACTOR = 8, 9
-SIGNS = {"+": (), "-": (Fraction(-1),), "±": ("±",), "∓": (Fraction(-1), "±")}
+JOINED = {",": "list", ";": "list", "∪": "union", "&": "row", r"\\": "matrix", ":": ":"}
+ONE = Fraction(1)
+SIGNS = {"+": (), "-": (-ONE,), "±": ("±",), "∓": (-ONE, "±")}
 CLOSING = {"(": ")]", "[": "])", "{": "}", r"\{": (r"\}",), "|": "|", r"\begin": (r"\end",)}
 
 def _kind(node) -> str:
@@ -135,32 +145,27 @@ def _kind(node) -> str:
 def _signed(sign: str, node):
     return ("*", *SIGNS[sign], node) if SIGNS[sign] else node
 
-def _inverse(node):
-    return ("^", node, Fraction(-1))
-
 def _combine(operators: list[str], operands: list):
     """The tree of operands joined by operators of one level."""
     first, *others = operands
-    if operators[0] == ";":  # `p=5, q=2; p=7, q=2` is a list of two pairs
-        return ("list", *(("()", *group[1:]) if _kind(group) == "list" else group for group in operands))
+    if operators[0] in JOINED:
+        return (JOINED[operators[0]], *operands)
     if set(operators) <= {">", "≥"}:  # turned round
         return ("relation", "".join("<≤"[sign == "≥"] for sign in operators[::-1]), *operands[::-1])
+    if operators == ["="] and {_kind(side) for side in operands} == {"()"} and len(first) == len(others[0]):
+        return ("list", *(("relation", "=", *sides) for sides in zip(first[1:], others[0][1:])))  # (x, y) = (1, 2)
     if operators[0] in RELATIONS:
         return ("relation", "".join(operators), *operands)
     if operators[0] in SIGNS:
         return ("+", first, *map(_signed, operators, others))
-    if operators[0] == ":" and len(others) > 1:
-        return ("::", *(("*", node, _inverse(first)) for node in others))
-    if operators[0] in "*/:":
-        return ("*", first, *(node if sign == "*" else _inverse(node) for sign, node in zip(operators, others)))
-    return ({",": "list", "∪": "union", "&": "row", r"\\": "matrix"}[operators[0]], *operands)
+    return ("*", first, *(node if sign == "*" else (":", ONE, node) for sign, node in zip(operators, others)))
 
 class _Parser:
     """Recursive descent through the levels of operators down to signed factors, powers and atoms."""
 
     def __init__(self, tokens: list[str], log_base):
         self.tokens, self.log_base, self.at, self.depth = tokens, log_base, 0, 0
-        self.bar_closes = False  # inside |...| and {x | ...}
+        self.bar_closes = False  # inside |...|
 
     def take(self, wanted) -> str:
         """Consume and return the next token if it is among those wanted, else return an empty string."""
@@ -170,10 +175,10 @@ class _Parser:
 
     def level(self, level: int = 0):
         """Operands of the next level joined by this level's operators."""
-        if level == FACTOR:
+        if level == len(LEVELS):
             return self.factor()
         operands, operators = [self.level(level + 1)], []
-        while operator := self.take(LEVELS[level]) or level == TERM and self.juxtaposed() and "*":
+        while operator := self.take(LEVELS[level]) or LEVELS[level] == "*/" and self.juxtaposed() and "*":
             operators.append(operator)
             operands.append(self.level(level + 1))
         return _combine(operators, operands) if operators else operands[0]
@@ -194,72 +199,59 @@ class _Parser:
         base = self.atom()
         while token := self.take("^!"):
             base = ("factorial", base) if token == "!" else ("^", base, self.argument())
+        if _kind(base) == "^" and _kind(base[1]) == "matrix" and base[2] in (2, 3):
+            return ("*", *base[1:2] * int(base[2]))
         return base
 
     def argument(self):
         r"""What one token or group makes: an argument of \frac, \sqrt, ^; a number in it is never a mixed number."""
-        if self.take("-"):
-            return _signed("-", self.argument())
-        return Fraction(self.raw()) if self.tokens[self.at][:1].isdigit() else self.atom()
+        return _signed("-", self.argument()) if self.take("-") else self.atom(mixed=False)
 
-    def raw(self) -> str:
-        """One token or group as text."""
-        start, depth = self.at, 0
-        while self.at == start or depth > 0:
-            depth += {"{": 1, "}": -1}.get(self.tokens[self.at], 0)
-            self.at += 1
-        return " ".join(self.tokens[start:self.at])
-
-    def atom(self):
+    def atom(self, mixed: bool = True):
         token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 4]
-        if token[:1].isdigit():
+        if mixed and token.isdigit():
             parts = after[1:] if after[0] == r"\frac" else after[::2] if after[1:2] == ["/"] else []
-            if token.isdigit() and len(parts) == 2 and all(map(str.isdigit, parts)) and int(parts[0]) < int(parts[1]):
-                self.at += 4  # a mixed number
+            if len(parts) == 2 and all(map(str.isdigit, parts)) and int(parts[0]) < int(parts[1]):
+                self.at += 4
                 return int(token) + Fraction(int(parts[0]), int(parts[1]))
         self.at += 1
         if token[:1].isdigit():
-            return Fraction(int(token, int(self.raw())) if self.take("_") else token)
+            return Fraction(int(token, int(self.argument())) if self.take("_") else token)
         if token in CLOSING:
             return self.group(token)
-        if token == r"\frac":
-            return ("*", self.argument(), _inverse(self.argument()))
         if token == r"\sqrt":
-            index = self.group("[") if self.take("[") else Fraction(2)
-            return ("^", self.argument(), _inverse(index))
-        if token == r"\binom":
-            return ("binomial", self.argument(), self.argument())
-        if token[1:] in FUNCTIONS:
-            return self.function(FUNCTIONS[token[1:]])
+            exponent = (":", ONE, self.group("[")) if self.take("[") else ONE / 2
+            return ("^", self.argument(), exponent)
+        if token in (r"\frac", r"\binom"):
+            return (":" if token == r"\frac" else "binomial", self.argument(), self.argument())
+        if token in FUNCTIONS:
+            return self.function(FUNCTIONS[token])
         if token not in SYMBOLS and not token[:1].isalpha():
             raise ValueError(f"unexpected {token!r}")
-        return token + "_" + self.raw() if self.take("_") else token
+        return f"{token}_{self.argument()}" if self.take("_") else token
 
     def function(self, name: str):
         r"""A function with its power and base: \sin^2 x, \sin^{-1} x, \log_2(x), \cos 2\pi t."""
-        power = self.argument() if self.take("^") else Fraction(1)
+        power = self.argument() if self.take("^") else ONE
         base = self.argument() if self.take("_") else {"log": self.log_base, "lg": Fraction(10)}.get(name, "e")
         if opening := self.take(("(", "[", "{")):
             argument = self.group(opening)
         else:  # the factors up to the next function, bracket or unit
             argument = self.factor()
-            while self.juxtaposed() and not (self.tokens[self.at][1:] in FUNCTIONS or self.tokens[self.at] in CLOSING):
+            while self.juxtaposed() and self.tokens[self.at] not in FUNCTIONS.keys() | CLOSING.keys():
                 argument = ("*", argument, self.factor())
-        if power == _signed("-", Fraction(1)) and name in INVERSES:
+        if power == _signed("-", ONE) and name in INVERSES:
             return (INVERSES[name], argument)
         if name in ("log", "ln", "lg"):
             return ("^", ("log", argument, base), power)
         return ("^", (RECIPROCALS.get(name, name), argument), _signed("-", power) if name in RECIPROCALS else power)
 
     def group(self, opening: str):
-        """What brackets hold: one value, a tuple or an interval, a set, an absolute value."""
+        """What brackets hold: one value, a tuple or an interval, a set, an absolute value, a matrix."""
         self.depth += 1
-        outer, self.bar_closes = self.bar_closes, opening in ("|", r"\{")
+        outer, self.bar_closes = self.bar_closes, opening == "|"
+        content = ("list",) if self.tokens[self.at] in CLOSING[opening] else self.level()
         closing = self.take(CLOSING[opening])
-        content = ("list",) if closing else self.level()
-        if opening == r"\{" and self.take("|:"):  # {x | condition} says what the condition says
-            content = self.level()
-        closing = closing or self.take(CLOSING[opening])
         if not closing or self.depth > MAX_DEPTH:
             raise ValueError("brackets unclosed or too deep")
         self.depth, self.bar_closes = self.depth - 1, outer
@@ -269,7 +261,7 @@ class _Parser:
             return ("matrix", *(row if _kind(row) == "row" else ("row", row) for row in rows))
         if opening == "|":
             return ("abs", content)
-        if opening == r"\{" or opening == "{" and len(items) > 1:
+        if opening == r"\{" and _kind(content) != "relation" or opening == "{" and len(items) > 1:
             return ("set", *items)
         return content if len(items) == 1 and closing == CLOSING[opening][0] else (opening + closing, *items)
 
@@ -301,14 +293,14 @@ def _factorial(number):
         raise ValueError("not an integer, or too large")
     return Fraction(math.factorial(int(number)))
 
-# A matrix has the value of a fixed sum of its cells, so that sums and multiples of matrices are compared as values.
-SUMS = {"binomial": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)), "abs": abs,
-        "+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms),
-        "*": lambda *factors: reduce(lambda a, b: _bounded(a * b), factors),
-        "row": lambda *cells: sum(cell * 7**i for i, cell in enumerate(cells)),
-        "matrix": lambda *rows: sum(row * 11**i for i, row in enumerate(rows))}
-REAL = {**vars(math), **SUMS, "^": _power, "factorial": _factorial, "π": math.pi}
+EXACT = {"+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms), "abs": abs,
+         "*": lambda *factors: reduce(lambda a, b: _bounded(a * b), factors),
+         ":": lambda first, second: _bounded(first / second),
+         "binomial": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k))}
+EXACT |= {"row": EXACT["+"], "matrix": EXACT["+"]}  # any number will do: it shows that all cells have bounded values
+REAL = {**vars(math), **EXACT, "^": _power, "factorial": _factorial, "π": math.pi}
 COMPLEX = {**REAL, **vars(cmath), "i": 1j}
+CONSTANTS = {"e", "π", "i", "∞"}
 RANGES = ((0.2, 0.9), (0.2, 0.9), (1.1, 2.9), (1.1, 2.9), (-0.9, -0.2), (-3, 3), (-3, 3))  # of the random points
 UNDEFINED = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 
@@ -331,7 +323,7 @@ def _evaluate(node, scope: dict):
 
 def _samples(trees, scope: dict) -> list:
     """Values of the trees at those random points where all of them are defined."""
-    names = sorted(set().union(*map(_names, trees)) - {"e", "π", "i"})
+    names = sorted(set().union(*map(_names, trees)) - CONSTANTS)
     generator, samples = random.Random(len(names)), []
     for low, high in RANGES if names else RANGES[:1]:
         point = scope | {name: generator.uniform(low, high) for name in names}
@@ -343,8 +335,6 @@ def _samples(trees, scope: dict) -> list:
     return [values for values in samples if all(isinstance(x, numbers) and abs(x) < math.inf for x in values)]
 
 def _same_value(left, right) -> bool:
-    if "∞" in _names(left) | _names(right):
-        return left == right
     samples = _samples((left, right), REAL) or _samples((left, right), COMPLEX)
     exact = [value for sample in samples[:1] for value in sample if isinstance(value, Fraction)]
     printed = any(value.denominator > 10**12 and 10**20 % value.denominator == 0 for value in exact)
@@ -358,65 +348,78 @@ def _same_value(left, right) -> bool:
     return _same_symbolically(left, right)
 
 def _same_symbolically(left, right) -> bool:
-    """Sympy's word on values whose floats agree, which bounds the size of all numbers in them."""
+    """Sympy's word on matrices, and on values whose floats agree, which bounds the size of all numbers in them."""
     import sympy
     number = sympy.Integer(1).__mul__  # of fractions
-    scope = {**vars(sympy), **SUMS, "^": lambda base, exponent: _power(base, exponent, number)}
+    scope = {**vars(sympy), **EXACT, "^": lambda base, exponent: _power(base, exponent, number)}
     scope |= {name: sympy.Symbol(name, positive=True) for name in _names(left) | _names(right)}
-    scope |= {"e": sympy.E, "π": sympy.pi, "i": sympy.I}
+    scope |= {"e": sympy.E, "π": sympy.pi, "i": sympy.I, "matrix": lambda *rows: sympy.Matrix(rows), "row": sympy.Tuple}
     try:
-        difference = number(_evaluate(left, scope)) - _evaluate(right, scope)
-        if not difference.free_symbols:
-            return abs(sympy.N(difference, 30)) < 1e-60
-        return difference.count_ops() < 60 and sympy.simplify(difference) == 0
+        differences = list(sympy.Matrix([_evaluate(left, scope)]) - sympy.Matrix([_evaluate(right, scope)]))
+        if not any(cell.free_symbols for cell in differences):
+            return all(abs(sympy.N(cell, 30)) < 1e-60 for cell in differences)
+        return all(cell.count_ops() < 60 and sympy.simplify(cell) == 0 for cell in differences)
     except Exception:  # sympy raises many kinds
         return False
 
 # --- Comparison by kind -----------------------------------------------------------------------------------------------
 
-CONTAINERS = {"list", "set", "union", "matrix", "row", "::", "()", "(]", "[)", "[]"}
-SCALES = {"unit %": Fraction(1, 100), "unit °": ("*", "π", Fraction(1, 180))}
+CONTAINERS = {"list", "set", "union", "matrix", "row", "()", "(]", "[)", "[]"}
+SCALES = {"unit %": Fraction(1, 100), "unit °": (":", "π", Fraction(180))}
 
 def _items(node) -> list:
     """The elements of a list, set or union, or the one other tree; one with ± counts as two."""
+    if _kind(node) == "union" and {*map(_kind, node[1:])} == {"set"}:
+        return [item for part in node[1:] for item in _items(part)]
     parts = node[1:] if _kind(node) in ("list", "set", "union") else [node]
     return [_replace(part, {"±": Fraction(sign)}) for part in parts for sign in (1, -1)[:1 + ("±" in _names(part))]]
 
-def _same_items(left, right) -> bool:
-    """Equality of sets: each item of either has its equal in the other."""
-    pairs = ((left, right), (right, left)) if max(len(left), len(right)) <= MAX_ITEMS else ()
-    return bool(pairs) and all(any(_equal(a, b) for b in others) for items, others in pairs for a in items)
+def _cells(node) -> int:
+    """How many cells the matrices in a tree have."""
+    return isinstance(node, tuple) and (len(node) - 1 if node[0] == "row" else sum(map(_cells, node[1:])))
 
 def _equal(left, right) -> bool:
-    left, right = _items(left), _items(right)
-    if len(left) != 1 or len(right) != 1:
-        return left == right or min(len(left), len(right)) > 1 and _same_items(left, right)
-    (left,), (right,) = left, right
     kinds = {_kind(left), _kind(right)}
     if left == right or "relation" in kinds:
         return left == right or _equal_relations(left, right)
-    if kinds == {"matrix", "()"}:  # a row or a column is a vector
-        matrix, vector = (left, right) if left[0] == "matrix" else (right, left)
-        cells = [cell for row in matrix[1:] for cell in row[1:]]
-        return len(cells) in (len(matrix) - 1, len(matrix[1]) - 1) and _equal(("()", *cells), vector)
+    if kinds == {"list", "()"}:  # x = 1, y = 2 is (1, 2)
+        named, plain = (left, right) if left[0] == "list" else (right, left)
+        subjects = {_solution(item)[0] for item in named[1:]} - {None}
+        return len(subjects) == len(named) - 1 and _equal(("()", *named[1:]), plain)
+    bags = [_items(left), _items(right)]
+    if len(kinds) > 1 and "union" in kinds and "()" in map(_kind, bags[_kind(left) == "union"]):
+        return False  # points are no intervals
+    if max(map(len, bags)) > 1:
+        return 1 < min(map(len, bags)) and max(map(len, bags)) <= MAX_ITEMS and all(
+            any(_equal(item, other) for other in others) for items, others in (bags, bags[::-1]) for item in items)
+    (left,), (right,) = bags
+    kinds = {_kind(left), _kind(right)}
+    cells = _cells(left) + _cells(right)
+    if "()" in kinds and len(kinds) == 2 and cells:  # a row or a column is a vector
+        vector, matrix = (left, right) if _kind(left) == "()" else (right, left)
+        column = ("matrix", *(("row", cell) for cell in vector[1:]))
+        return _equal(("matrix", ("row", *vector[1:])), matrix) or _equal(column, matrix)
     if len(kinds) == 1 and kinds <= CONTAINERS:
         return len(left) == len(right) and all(map(_equal, left[1:], right[1:]))
-    return not kinds & CONTAINERS - {"matrix"} and _equal_quantities(left, right)
+    if cells:
+        return cells <= MAX_ITEMS and _samples((left, right), REAL) != [] and _same_symbolically(left, right)
+    return not kinds & CONTAINERS and _equal_quantities(left, right)
 
 def _equal_quantities(left, right) -> bool:
     """Equality of values. One side may leave out a unit, degree or percent sign; the other's then counts as one."""
     if _same_value(_replace(left, SCALES), _replace(right, SCALES)):
         return True
     names = [_names(node) if isinstance(node, tuple) else () for node in (left, right)]
-    units = [{name: Fraction(1) for name in side if name.startswith("unit ")} for side in names]
+    units = [{name: ONE for name in side if name.startswith("unit ")} for side in names]
     return bool(units[0]) != bool(units[1]) and _same_value(_replace(left, units[0]), _replace(right, units[1]))
 
 def _designates(node) -> bool:
-    """Whether a side of an equation only names what the other side is: x, f(x), AB, |AB|, A:B, (p, q)."""
-    if _kind(node) == "^":
-        return node[2] == -1 and _designates(node[1])
-    return node not in ("e", "π", "i", "∞") if isinstance(node, str) else (
-        _kind(node) in ("*", "abs", "()") and all(map(_designates, node[1:])))
+    """Whether a side of an equation only names what the other side is: x, f(x), AB, |AB|, A:B, dy/dx, A^{-1}."""
+    if isinstance(node, str):
+        return node not in CONSTANTS
+    if _kind(node) == "^" and node[2] == _signed("-", ONE):
+        return _designates(node[1])
+    return _kind(node) in ("*", "abs", ":") and all(map(_designates, node[1:]))
 
 def _solution(node):
     """What a relation names and says of that: x and 5 for `x = 5`, x and an interval for `x > 5`; else Nones."""
@@ -429,7 +432,7 @@ def _solution(node):
         return (subject, sides[0]) if all(_equal(sides[0], side) for side in sides[1:]) else (None, None)
     if len(sides) == 2 and (first or last):
         signs, sides = ("<" + signs, [_signed("-", "∞"), *sides]) if first else (signs + "<", [*sides, "∞"])
-    if len(sides) != 3 or not set(signs) <= set("<≤"):
+    if len(sides) != 3 or not set(signs) <= set("<≤") or _kind(sides[1]) == "abs":
         return None, None
     return sides[1], ("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[0], sides[2])
 
@@ -437,7 +440,7 @@ def _equal_relations(left, right) -> bool:
     (subject, value), (other_subject, other) = _solution(left), _solution(right)
     if None not in (value, other) and (subject == other_subject or None in (subject, other_subject)):
         return _equal(value, other)
-    if _kind(left) != _kind(right) or left[1] != right[1] or len(left) != 4:
+    if _kind(left) != _kind(right) or left[1] != right[1] or len(left) != 4 or _cells(left):
         return False
     samples = _samples([("+", side[2], _signed("-", side[3])) for side in (left, right)], REAL)
     ratios = [a / b for a, b in samples if a and b]  # of left sides minus right sides
@@ -455,11 +458,10 @@ def math_equal(prediction: str, gold: str) -> bool:
         return prediction == gold != ""
     for first_reading in (True, False) if AMBIGUOUS.search(prediction + " " + gold) else (True,):
         sides = _tokens(prediction, first_reading), _tokens(gold, first_reading)
-        words = ["".join(tokens[:-1]).replace("unit ", "").lower() for tokens in sides]
-        if sides[0] == sides[1] != ["\n"] or words[0] == words[1] and words[0].isalpha() and len(words[0]) > 1:
+        words = ["".join(tokens[:-1]).replace("unit ", "") for tokens in sides]
+        words = [word[:1].lower() + word[1:] for word in words]
+        if sides[0] == sides[1] != ["\n"] or words[0] == words[1] and words[0].isalpha() and words[0][1:].islower():
             return True
-        if all(word.isascii() and word.isalpha() and len(word) > 3 for word in words):
-            return False  # words are no products of letters
         parsers = [_Parser(tokens, Fraction(10) if first_reading else "e") for tokens in sides]
         try:
             trees = [parser.level() for parser in parsers]
@@ -470,128 +472,102 @@ def math_equal(prediction: str, gold: str) -> bool:
     return False
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Code, inside the sandbox, where the source text of these five functions is sent. `drive` forks a child a test; the
+# Code, inside the sandbox, where the source text of these four functions is sent. `drive` forks a child a test; the
 # outputs expected never come here. In bubblewrap it is process 1, which no signal from a program can hurt.
-
-def kill_all():
-    """Kill all that tests have started, and see it gone. Whatever its parents leave becomes a child of this process."""
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            children = [int(pid) for pid in file.read().split()]
-        for pid in children:
-            try:  # many at once, to outrun a fork bomb: with process 1 all there are, else a session
-                os.kill(-1 if os.getpid() == 1 else -pid, signal.SIGKILL)
-            except ProcessLookupError:  # it heads no session
-                os.kill(pid, signal.SIGKILL)
-        if not children:
-            return
-        os.wait()
 
 def over_limits(setup):
     """Do the processes of a test hold too much together? The kernel's limits are on each of them."""
-    pages, disk = 0, os.statvfs(setup["folder"])
-    for pid in filter(str.isdigit, os.listdir("/proc")) if os.getpid() == 1 else []:
-        try:
-            with open(f"/proc/{pid}/statm") as file:
-                pages += int(file.read().split()[1])
-        except OSError:  # it has ended
-            continue
-    used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-    full = used > setup["disk"] or disk.f_files - disk.f_ffree > setup["inodes"]
-    return os.getpid() == 1 and (full or pages * resource.getpagesize() > setup["memory"])
+    disk, pages = os.statvfs("."), 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            pages += int(open(f"/proc/{pid}/statm").read().split()[1])
+    blocks, inodes = disk.f_blocks - disk.f_bfree, disk.f_files - disk.f_ffree
+    full = blocks * disk.f_frsize > setup["disk"] or inodes > setup["inodes"]
+    return full or pages * resource.getpagesize() > setup["memory"]
 
 def become_program(setup, test, stdin, answer):
     """In the forked child: take on the limits and run the program. Never returns."""
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     null = os.open(os.devnull, os.O_RDWR)
-    for fd, file in enumerate((stdin, answer, null, null) if test["kind"] == "stdin" else (stdin, null, null, answer)):
+    for fd, file in enumerate((stdin, null, null, answer) if test["name"] else (stdin, answer, null, null)):
         os.dup2(file, fd)
     os.closerange(4, 64)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
     for name, limit in setup["rlimits"].items():
-        kind, hard = getattr(resource, "RLIMIT_" + name), resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, hard if name == "STACK" else limit))  # deep recursion may ask for more stack
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1] if name == "STACK" else limit  # deep recursion may ask for more stack
+        with contextlib.suppress(ValueError):  # a lower limit holds already
+            resource.setrlimit(kind, (limit, hard))
     if setup["uid"]:
         os.setgroups([])
-        os.setresgid(setup["uid"], setup["uid"], setup["uid"])
-        os.setresuid(setup["uid"], setup["uid"], setup["uid"])
-    sys.argv, module = ["solution.py"], type(sys)("__main__" if test["kind"] == "stdin" else "solution")
+        os.setgid(setup["uid"])
+        os.setuid(setup["uid"])
+    sys.argv, module = ["solution.py"], type(sys)("solution" if test["name"] else "__main__")
     sys.modules[module.__name__], names = module, vars(module)  # dataclasses and pickle look there
-    exec(compile(setup["source"], "solution.py", "exec"), names)
-    if test["kind"] == "stdin":
+    sys.setrecursionlimit(50_000 if test["name"] else 1000)  # of functions, as LeetCode and its like do
+    for source in test["sources"]:
+        exec(compile(source, "solution.py", "exec"), names)
+    if not test["name"]:
         sys.exit()  # the usual end of a program: threads joined, exit handlers called, output flushed
-    own = vars(names.get("Solution", module)).items()
-    name = test["name"] or next((n for n, v in own if getattr(v, "__module__", "") == "solution" and n[0] != "_"), "")
-    function = getattr(names["Solution"](), name) if hasattr(names.get("Solution"), name) else names.get(name)
-    if test["kind"] == "function":
-        text = json.dumps(function(*test["given"]))
-    else:
-        script, text = test["given"]
-        names["candidate"] = function
-        exec(compile(script, "asserts.py", "exec"), names)
-        if "def check(" in script and "\ncheck(" not in script:
-            names["check"](function)
-    with open(3, "w") as file:
-        file.write(text)
+    owner = names["Solution"]() if hasattr(names.get("Solution"), test["name"]) else module
+    result = getattr(owner, test["name"])(*test["given"])
+    os.write(3, json.dumps(result, default=lambda value: value.tolist()).encode())  # tolist: of numpy's values
     os._exit(0)
 
 def run_test(setup, test):
     """Run a test in a forked child, then kill whatever it started. No output: it failed. Clean: it left no files."""
-    stdin, answer = (open(os.path.join(setup["folder"], name), "w+b", buffering=0) for name in ("stdin", "answer"))
+    files, stdin, answer = os.listdir(), open("stdin", "w+b", buffering=0), open("answer", "w+b", buffering=0)
     for file in (stdin, answer):  # from now on they have no name, and end with this test
         os.unlink(file.name)
-    stdin.write(test["given"].encode(errors="replace") if test["kind"] == "stdin" else b"")
+    stdin.write(b"" if test["name"] else test["given"].encode(errors="replace"))
     stdin.seek(0)
-    deadline, status, child = time.monotonic() + test["seconds"], None, os.fork()
+    parent, deadline, status, child = os.getppid(), time.monotonic() + test["seconds"], None, os.fork()
     if not child:
         become_program(setup, test, stdin.fileno(), answer.fileno())
-    while status is None and time.monotonic() < deadline:
+    while status is None and time.monotonic() < deadline and os.getppid() == parent:
         signal.sigtimedwait([signal.SIGCHLD], 0.03)
         pid, ended = os.waitpid(child, os.WNOHANG)
         status = ended if pid else None
-        if not pid and over_limits(setup):
+        if not pid and os.getpid() == 1 and over_limits(setup):
             break
-    kill_all()
+    while children := [int(pid) for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split()]:
+        groups = [-1] if os.getpid() == 1 else [-pid for pid in children]  # many at once, to outrun a fork bomb
+        for target in groups + children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(target, signal.SIGKILL)
+        os.wait()  # what their parents leave are children of this process
     answer.seek(0)
     output = answer.read().decode(errors="replace") if status == 0 else None
-    return {"output": output, "clean": os.listdir(setup["folder"]) == setup["files"]}
+    return {"output": output, "clean": os.listdir() == files}
 
-def drive():
-    """Read the set-up, then tests, a line each; answer each test with a line."""
-    commands, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    setup = json.loads(commands.readline())
+def drive(setup):
+    """Read tests, a line each, and answer each with a line. Starts in the folder that programs may write to."""
+    tests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGINT])
     os.umask(0)
-    os.chmod(setup["folder"], 0o777)
-    os.chdir(setup["folder"])
-    setup["files"] = os.listdir(setup["folder"])
-    with open("/proc/self/oom_score_adj", "w") as file:  # where memory runs out, it is not the trainer that goes
-        file.write("1000")
-    libc = ctypes.CDLL(None)
-    libc.prctl(4, 0)  # PR_SET_DUMPABLE: programs cannot open this process's memory or files
-    if os.getpid() != 1:  # without bubblewrap: inherit what programs leave behind, take it along when the worker ends
-        libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(kill_all() or 1))
+    os.chmod(".", 0o777)
+    open("/proc/self/oom_score_adj", "w").write("1000")  # where memory runs out, it is not the trainer that goes
+    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: programs cannot open this process's memory or files
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: inherit what programs leave behind
     sys.path += setup["path"]
     builtins.exit = builtins.quit = sys.exit  # as the site module would
     for module in map(__import__, setup["implied"]):
-        for name, value in {module.__name__: module, **vars(module)}.items():
+        for name, value in {**vars(module), module.__name__: module}.items():
             if name[0] != "_":
                 vars(builtins).setdefault(name, value)
-    gc.freeze()  # forked children need not visit what is here: that halves their costs
-    for line in commands:
+    for line in tests:
         print(json.dumps(run_test(setup, json.loads(line))), file=replies, flush=True)
+    os._exit(0)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Code, outside the sandbox.
 
-IMPLIED = "typing collections heapq bisect itertools functools math string re operator random copy datetime".split()
+DRIVER = ["import builtins, contextlib, ctypes, json, os, resource, signal, sys, time",
+          *map(inspect.getsource, (over_limits, become_program, run_test, drive))]
+IMPLIED = "typing collections heapq bisect itertools functools math string re operator random copy datetime sys".split()
 LIMITS = {"memory": 1 << 30, "disk": 64 << 20, "inodes": 4096}  # of all processes of a test together
 RLIMITS = {"AS": 2 << 30, "STACK": 120 << 20, "FSIZE": 16 << 20, "NOFILE": 64, "NPROC": 64, "CORE": 0}
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
 GRACE, START = 5, 60  # seconds: how late a limit of ours may strike, how long a process may take to start
 REAL_NUMBER = re.compile(r"[+-]?(?=.*[.e])(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.A | re.I)
 DENIED = {  # machine: its number for seccomp, that of clone, and of: unshare setns socket ptrace process_vm_readv
@@ -611,110 +587,79 @@ def seccomp_filter():
     code += [(0x15, 0, 3, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x7E020000), deny, allow]  # CLONE_NEW...
     return b"".join(struct.pack("HBBI", *line) for line in code)
 
-def packages():
-    """The folders of installed packages, which programs may import."""
-    return [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
-
-@functools.cache
-def driver():
-    """The text of the program that runs inside."""
-    functions = map(inspect.getsource, (kill_all, over_limits, become_program, run_test, drive))
-    return "\n".join(["import builtins, ctypes, gc, json, os, resource, signal, sys, time", *functions, "drive()"])
-
 @functools.cache
 def bubblewrap():
     """bwrap and its options: new namespaces, no capabilities, and nothing to read but Python and the C library."""
     command = [shutil.which("bwrap") or "bwrap", *"--die-with-parent --as-pid-1 --new-session --cap-drop ALL".split(),
                *"--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split()]
-    if os.geteuid():
-        command += ["--unshare-user"]
-    else:  # the driver gives programs another user id, and must still be able to kill them
-        command += "--cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_KILL".split()
+    rights = "--cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_KILL"  # of root: programs run as another user
+    command += ("--unshare-user" if os.geteuid() else rights).split()
     if b"--size" in subprocess.run([command[0], "--help"], capture_output=True).stdout:
         command += ["--size", str(LIMITS["disk"])]
-    command += ["--tmpfs", "/tmp", "--dir", "/dev", "--symlink", "/tmp", "/dev/shm", "--proc", "/proc"]
-    for link, target in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
-        command += ["--symlink", "/proc/self/fd" + target, "/dev/" + link]
-    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
-        command += ["--dev-bind", device, device]
-    for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, *packages()):
+    command += "--tmpfs /tmp --proc /proc --dev /dev --remount-ro /dev".split()
+    packages = [path for path in dict.fromkeys(sys.path) if path.endswith("-packages")]
+    for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, *packages):
         for folder in reversed(Path(path).parents[:-1]):  # else bwrap closes them to other users
             command += ["--dir", str(folder)]
         command += ["--ro-bind-try", path, path]
     return [*command, "--remount-ro", "/"]
 
-class Peer:
-    """A process that we start, talk to in lines of JSON, and kill. An end, a late or a senseless answer raises."""
+def ask(process, message, seconds):
+    """The answer to a message. Raises where it is late, none or no JSON."""
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.flush()
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    if not poll.poll(1000 * seconds):
+        raise TimeoutError
+    return json.loads(process.stdout.readline(7 * RLIMITS["FSIZE"]))
 
-    def __init__(self, command, **options):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-        self.unread, self.poll = b"", select.poll()
-        self.poll.register(self.process.stdout, select.POLLIN)
-
-    def send(self, message):
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def receive(self, seconds):
-        deadline, line, chunk = time.monotonic() + seconds, bytearray(), self.unread
-        while b"\n" not in chunk:
-            line += chunk
-            if len(line) > 7 * RLIMITS["FSIZE"] or not self.poll.poll(1000 * max(0, deadline - time.monotonic())):
-                raise TimeoutError
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not chunk:
-                raise EOFError
-        end, self.unread = chunk.split(b"\n", 1)
-        return json.loads(line + end)
-
-    def kill(self):
-        """Kill the process, and its group if it leads one."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.wait()
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
+def kill(process):
+    """Kill a process and its group."""
+    with contextlib.suppress(OSError):  # it has gone
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
 
 @contextlib.contextmanager
-def sandbox(source, kind, mode, timeout):
-    """The driver for tests of one program, as a Peer: in bubblewrap, or as a plain process if mode is "limits"."""
-    command = [os.path.realpath(sys._base_executable), "-I", "-S", "-X", "utf8", "-c", driver()]
-    rlimits, readable = RLIMITS | {"CPU": math.ceil(timeout) + 1}, True
+def sandbox(implied, mode, timeout):
+    """The driver for tests of one program: in bubblewrap, or as a plain process if mode is "limits"."""
     private = tempfile.TemporaryDirectory() if mode == "limits" else contextlib.nullcontext("/tmp")
     with private as folder, open(os.memfd_create("seccomp"), "w+b") as file:
-        if mode == "limits":
+        rlimits, command, readable = RLIMITS | {"CPU": math.ceil(timeout) + 1}, [], True
+        if mode == "limits":  # without a namespace, NPROC counts all that this user runs
+            rlimits["NPROC"] += int(re.search(r"/(\d+)", Path("/proc/loadavg").read_text())[1])
             readable = all(path.stat().st_mode & 1 for path in Path(os.__file__).parents)
-            with open("/proc/loadavg") as load:  # without a namespace, NPROC counts all that this user runs
-                rlimits["NPROC"] += int(load.read().split()[3].split("/")[1])
         else:
             file.write(seccomp_filter())
             file.seek(0)
-            command = [*bubblewrap(), "--seccomp", str(file.fileno()), *command]
-        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-        box = Peer(command, env=environment, stderr=subprocess.PIPE, pass_fds=[file.fileno()],
-                   start_new_session=mode == "limits")  # then the driver outlives a kill of the worker, to clean up
+            command = [*bubblewrap(), "--seccomp", str(file.fileno())]
         # NPROC passes root by: then programs get an id out of the range for throw-away users.
         uid = 61184 + os.getpid() % 4336 if os.geteuid() == 0 and readable else None
+        setup = {**LIMITS, "rlimits": rlimits, "uid": uid, "implied": implied, "path": sys.path}
+        script = "\n".join([*DRIVER, f"drive({setup})"])
+        command += [os.path.realpath(sys._base_executable), "-I", "-S", "-X", "utf8", "-c", script]
+        env = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+        box = subprocess.Popen(command, env=env, cwd=folder, pass_fds=[file.fileno()], stderr=subprocess.PIPE, **PIPES)
         try:
-            box.send({**LIMITS, "source": source, "implied": [] if kind == "stdin" else IMPLIED, "folder": folder,
-                      "uid": uid, "path": packages(), "rlimits": rlimits})
             yield box
         finally:
-            box.kill()
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # the driver ends, bwrap reaps it
+                box.stdin.close()
+                box.wait(1)
+            kill(box)
 
 @functools.cache
 def refusal() -> str:
     """Why programs cannot be run in bubblewrap here, found out by running one; empty if they can."""
+    test = {"name": None, "given": "", "sources": ["print(6 * 7)"], "seconds": 5}
     try:
-        with sandbox("print(6 * 7)", "stdin", "bwrap", 5) as box:
-            box.send({"kind": "stdin", "given": "", "seconds": 5})
-            with contextlib.suppress(EOFError, ValueError):
-                if box.receive(START)["output"] == "42\n":
-                    return ""
-        reason = " ".join(box.process.stderr.read().decode(errors="replace").split())
-    except (OSError, KeyError) as error:
+        with sandbox([], "bwrap", 5) as box, contextlib.suppress(OSError, ValueError):
+            if ask(box, test, START)["output"] == "42\n":
+                return ""
+        reason = " ".join(box.stderr.read().decode(errors="replace").split())
+    except Exception as error:  # no bwrap, not Linux, an unknown machine
         reason = repr(error)
     return f"code cannot be scored: install bubblewrap so that it runs here ({reason}), or choose sandbox 'limits'"
 
@@ -724,112 +669,98 @@ def extract_code(response):
     blocks = re.findall(fence, response, re.DOTALL | re.MULTILINE | re.IGNORECASE)
     return textwrap.dedent(blocks[-1].replace("\r\n", "\n")) if blocks else None
 
-def read_tests(reference):
+def read_tests(source, reference):
     """The tests of a reference, each as what the sandbox is sent and what must come back. Raises if malformed."""
     reference = json.loads(reference) if isinstance(reference, str) else reference
     name, tests = reference.get("fn_name"), []
-    if "asserts" in reference:
-        token = os.urandom(16).hex()  # what is written when the script has come to its end
-        return [({"kind": "asserts", "name": name, "given": [reference["asserts"], token]}, token)]
+    if "asserts" in reference:  # a function that the script defines at its end shows that it came to its end
+        script, token = reference["asserts"], f"token_{os.urandom(16).hex()}"
+        if "def check(" in script and "\ncheck(" not in script:
+            script += f"\ncheck({name})"
+        script += f"\ndef {token}(): return {token!r}"
+        return [({"name": token, "given": [], "sources": [source, script]}, token)]
     for given, expected in zip(reference["inputs"], reference["outputs"], strict=True):
         if not name:
             given, expected = ("\n".join(map(str, v)) if isinstance(v, list) else str(v) for v in (given, expected))
         elif isinstance(given, str):  # the paper's data: a JSON value a line
             given = [json.loads(line) for line in given.split("\n") if line.strip()]
             expected = json.loads(expected) if isinstance(expected, str) else expected
-        tests.append(({"kind": "function" if name else "stdin", "name": name, "given": given}, expected))
+        tests.append(({"name": name, "given": given, "sources": [source]}, expected))
     return tests
 
-def near(actual, expected):
-    """Floats equal within 1e-6, absolute or relative."""
-    return abs(actual - expected) <= 1e-6 * max(1.0, abs(expected)) < math.inf
-
-def same_token(actual, expected):
-    """Equal as texts, or numbers near each other that both have a point or an exponent."""
-    real = actual != expected and REAL_NUMBER.fullmatch(actual) and REAL_NUMBER.fullmatch(expected)
-    return near(float(actual), float(expected)) if real else actual == expected
-
-def same_value(actual, expected):
-    """Equal as JSON: True is not 1, a list has its length and order, two floats may be near each other."""
+def same(actual, expected):
+    """Equal as JSON: True is not 1, a list has its length and order, two floats may be 1e-6 apart."""
     if isinstance(actual, list) and isinstance(expected, list):
-        return len(actual) == len(expected) and all(map(same_value, actual, expected))
+        return len(actual) == len(expected) and all(map(same, actual, expected))
     if isinstance(actual, dict) and isinstance(expected, dict):
-        return actual.keys() == expected.keys() and all(same_value(actual[key], expected[key]) for key in actual)
-    if isinstance(actual, float) and isinstance(expected, float):
-        return near(actual, expected)
+        return actual.keys() == expected.keys() and all(same(actual[key], expected[key]) for key in actual)
+    if isinstance(actual, float) and isinstance(expected, float) and actual != expected:
+        return abs(actual - expected) <= 1e-6 * max(1.0, abs(expected)) < math.inf
     return actual == expected and isinstance(actual, bool) == isinstance(expected, bool)
 
-def passes(output, kind, expected):
-    """Is the output of a test right? Text is compared token by token, as contest judges do."""
-    if kind == "function":
-        return same_value(json.loads(output), expected)
-    actual, expected = output.split(), expected.split()
-    return len(actual) == len(expected) and all(map(same_token, actual, expected))
+def passes(output, name, expected):
+    """Is the output of a test right: the JSON of function `name`, or text, by tokens, as contest judges compare it?"""
+    if name:
+        return same(json.loads(output), expected)
+    sides = output.split(), expected.split()
+    numbers = ([float(token) if REAL_NUMBER.fullmatch(token) else token for token in side] for side in sides)
+    return sides[0] == sides[1] or same(*numbers)
 
 def score_code(response, reference, mode, timeout, total_timeout, max_tests):
     """The share of tests passed (Sec. 4). A sandbox in which a test left a trace is not used for the next."""
-    source, tests = extract_code(response), read_tests(reference)[:max_tests]
-    passed, left, deadline = 0, tests if source else [], time.monotonic() + total_timeout
+    source, deadline = extract_code(response), time.monotonic() + total_timeout
+    tests, passed = read_tests(source, reference)[:max_tests], 0
+    left = tests if source else []
     while left and time.monotonic() < deadline:
-        with sandbox(source, left[0][0]["kind"], mode, timeout) as box, contextlib.suppress(Exception):
+        with sandbox(IMPLIED if left[0][0]["name"] else [], mode, timeout) as box, contextlib.suppress(Exception):
             clean = True
             while clean is True and left:  # what comes from inside may be anything, and fail a decoder in any way
                 (test, expected), *left = left
                 seconds = max(0, min(timeout, deadline - time.monotonic()))
-                box.send({**test, "seconds": seconds})
-                reply = box.receive(seconds + START)
+                reply = ask(box, {**test, "seconds": seconds}, seconds + START)
                 clean = reply["clean"]
-                passed += reply["output"] is not None and passes(reply["output"], test["kind"], expected)
+                passed += reply["output"] is not None and passes(reply["output"], test["name"], expected)
     return passed / len(tests) if tests else 0.0
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The pool, and the command line.
 
-def score_math(response, reference):
-    """1.0 if there is an answer and it equals the reference, else 0.0."""
-    answer = extract_answer(response) if isinstance(response, str) else None
-    return float(answer is not None and isinstance(reference, str) and math_equal(answer, reference))
-
 def score(response: str, task: str, reference) -> float:
     """The outcome reward of one response, in [0, 1]. RuntimeError if it is code and cannot be run here."""
     if task == "math":
-        return score_math(response, reference)
+        answer = extract_answer(response) if isinstance(response, str) else None
+        return float(answer is not None and isinstance(reference, str) and math_equal(answer, reference))
     with Verifier(workers=1) as verifier:
         return verifier.submit(response, task, reference).result()
 
 def work():
-    """A worker: reads items, answers each with two lines: that it begins, and the score."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the trainer, however that ends
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    """A worker: reads items, a line each, and answers each with its score."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the trainer, however that ends
+    with contextlib.suppress(ValueError):  # a lower limit holds already
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     sys.path += sys.argv[2:]  # -I leaves out what users install for themselves
     for line in sys.stdin:
-        response, task, reference, limits = json.loads(line)
-        if task == "math":
-            import sympy  # noqa: F401  this takes seconds, which are not the answer's
-        print("true", flush=True)
-        try:
-            value = score_math(response, reference) if task == "math" else score_code(response, reference, *limits)
-        except Exception:  # a malformed reference, an answer beyond all bounds
-            value = 0.0
+        value = 0.0  # of a malformed reference, an answer beyond all bounds
+        with contextlib.suppress(Exception):
+            response, task, reference, limits = json.loads(line)
+            if task == "math":
+                import sympy  # noqa: F401
+            value = score(response, task, reference) if task == "math" else score_code(response, reference, *limits)
         print(value, flush=True)
 
 class Verifier:
     """Scores responses in worker processes, which are killed and replaced when they take too long. Context manager.
-
     workers: None for this rank's share of the cores. timeout, total_timeout: seconds a test or answer, a response.
     sandbox: "auto", "bwrap": programs run in bubblewrap or not at all; "limits": process and resource limits alone.
-    max_tests: score programs by their first tests only.
-    """
+    max_tests: score programs by their first tests only."""
 
     def __init__(self, workers=None, timeout=6.0, total_timeout=60.0, sandbox="auto", max_tests=None):
         assert sandbox in ("auto", "bwrap", "limits"), sandbox
-        workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.limits, self.closed, self.lock = (sandbox, timeout, total_timeout, max_tests), False, threading.Lock()
-        self.workers = [self._start() for _ in range(workers)]
-        self.idle = queue.SimpleQueue()  # of places in self.workers
-        for place in range(workers):
-            self.idle.put(place)
-        self.pool = ThreadPoolExecutor(workers)
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        self.pool = ThreadPoolExecutor(workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.workers, self.lock, self.closed = {}, threading.Lock(), False  # workers: of each thread of the pool
+        self.limits = sandbox, timeout, total_timeout, max_tests
 
     def __enter__(self):
         return self
@@ -838,8 +769,8 @@ class Verifier:
         """Stops at once: what has no score by now gets 0.0."""
         with self.lock:
             self.closed = True
-        for worker in self.workers:
-            worker.kill()
+        for worker in self.workers.values():
+            kill(worker)
         self.pool.shutdown()
 
     def submit(self, response, task, reference) -> Future:
@@ -850,30 +781,27 @@ class Verifier:
 
     def score_batch(self, items) -> list[float]:
         """The scores of (response, task, reference) triples, in order. Never raises: what cannot be scored gets 0.0."""
+        items = list(items)
         if self.limits[0] != "limits" and any(task == "code" for _, task, _ in items) and refusal():
             print(f"verify.py: {refusal()}", file=sys.stderr)
         return [future.result() for future in [self.pool.submit(self._score, *item) for item in items]]
 
-    def _start(self):
-        command = [sys.executable, "-I", os.path.abspath(__file__), "--worker", *filter(None, sys.path)]
-        return Peer(command, start_new_session=True)
-
     def _score(self, *item):
-        """In a thread of the pool: have a worker score an item."""
-        place, (_, timeout, total_timeout, _) = self.idle.get(), self.limits
+        """In a thread of the pool: have its worker score an item."""
+        thread, (_, timeout, total_timeout, _) = threading.get_ident(), self.limits
         try:
             seconds = {"math": timeout, "code": total_timeout + GRACE}[item[1]]
             with self.lock:  # whoever closes knows all workers
-                if not self.closed and self.workers[place].process.poll() is not None:
-                    self.workers[place] = self._start()
-            self.workers[place].send([*item, self.limits])
-            self.workers[place].receive(START)
-            return float(self.workers[place].receive(seconds))
+                if not self.closed and (thread not in self.workers or self.workers[thread].poll() is not None):
+                    command = [sys.executable, "-I", os.path.abspath(__file__), "--worker", *filter(None, sys.path)]
+                    self.workers[thread] = subprocess.Popen(command, **PIPES)
+            worker = self.workers[thread]
+            ask(worker, ["", item[1], "", self.limits], START)  # an empty item: a start takes seconds of its own
+            return float(ask(worker, [*item, self.limits], seconds))
         except Exception:  # a malformed item, or no answer
-            self.workers[place].kill()
+            if thread in self.workers:
+                kill(self.workers[thread])
             return 0.0
-        finally:
-            self.idle.put(place)
 
 def main() -> int:
     """The command line, as at the top of this file."""
@@ -882,9 +810,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score responses, or compare two answers.")
     parser.error = fail = lambda message: sys.exit(print(f"verify.py: error: {message}", file=sys.stderr) or 2)
     parser.add_argument("file", nargs="?", help="lines of JSON with response, task (math or code) and reference")
-    parser.add_argument("--output", help="where the scores go (default: FILE, ending in .scores.jsonl)")
-    parser.add_argument("--workers", type=int, help="processes (default: as many as cores)")
-    parser.add_argument("--timeout", type=float, default=6.0, help="seconds a test or an answer")
     parser.add_argument("--sandbox", choices=["auto", "bwrap", "limits"], default="auto", help="what programs run in")
     parser.add_argument("--answer", help="compare this answer")
     parser.add_argument("--gold", help="with this one")
@@ -895,17 +820,13 @@ def main() -> int:
         equal = math_equal(args.answer, args.gold)
         print(equal)
         return 0 if equal else 1
-    if args.timeout <= 0 or (args.workers or 1) <= 0:
-        fail("--timeout and --workers must be positive")
-    output = args.output or os.path.splitext(args.file)[0] + ".scores.jsonl"
-    if os.path.exists(output):
-        fail(f"{output} exists: name another --output")
     from tqdm import tqdm
-    futures = []
+    path, futures = Path(args.file).with_suffix(".scores.jsonl"), []
+    if path.exists():
+        fail(f"{path} is there already: move it away first")
     try:
-        lines = Path(args.file).read_text(errors="replace").removesuffix("\n").split("\n")
-        with Verifier(args.workers, args.timeout, sandbox=args.sandbox) as verifier:
-            for number, line in enumerate(lines, 1):
+        with open(args.file, errors="replace") as file, Verifier(sandbox=args.sandbox) as verifier:
+            for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
                     {"math", "code"}.remove(row["task"])
@@ -914,12 +835,11 @@ def main() -> int:
                     print(f"line {number}: not JSON with response, task (math or code), reference", file=sys.stderr)
                     futures.append(None)
             scores = [future and future.result() for future in tqdm(futures)]
-        with open(output, "x") as file:
-            file.writelines(json.dumps({"score": value}) + "\n" for value in scores)
+        path.write_text("".join(json.dumps({"score": value}) + "\n" for value in scores))
     except (OSError, RuntimeError) as error:
         fail(error)
     scored = [value for value in scores if value is not None]
-    print(f"mean {sum(scored) / max(1, len(scored)):.4f} of {len(scored)} responses; scores in {output}")
+    print(f"mean {sum(scored) / max(1, len(scored)):.4f} of {len(scored)} responses; scores in {path}")
     return 0
 
 if __name__ == "__main__":
