@@ -188,6 +188,7 @@ def check_config(cfg: Config, world: int) -> None:
     for name in ("gamma", "vllm_memory", "filter_low", "filter_high"):
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1, not {getattr(cfg, name)}")
     need(cfg.data or cfg.eval_only or not cfg.steps, "--data is missing: name the RL prompts (or --steps 0: SFT alone)")
+    need(cfg.steps or cfg.sft_data or cfg.eval_only, "--steps 0 without --sft-data leaves nothing to do")
     need(cfg.model or cfg.sft_data == cfg.data == "miniature", "--model is missing: name the SFT model to start from")
     need(not cfg.sft_data or cfg.sft_batch % world == 0, f"--sft-batch {cfg.sft_batch} is not a multiple of {world} processes")
     need(uses_vllm(cfg) or not cfg.importance_cap, "--importance-cap corrects for vLLM's rounding: it needs --rollout vllm")
@@ -204,19 +205,23 @@ def check_config(cfg: Config, world: int) -> None:
     need(cfg.temperature > 0, "--temperature 0 samples the same response K times: give a positive one")
     need(cfg.filter_low <= cfg.filter_high, "--filter-low must not exceed --filter-high")
     batch = cfg.prompts_per_step * cfg.group_size
-    for name, size in (("--minibatch", cfg.minibatch), ("--prm-minibatch", cfg.prm_minibatch)):
+    sizes = {"--minibatch": cfg.minibatch} | ({} if cfg.reward == "outcome" else {"--prm-minibatch": cfg.prm_minibatch})
+    for name, size in sizes.items():
         need(batch % size == 0, f"{name} {size} does not divide the {batch} responses of --prompts-per-step times --group-size")
         need(size % world == 0, f"{name} {size} is not a multiple of the {world} processes")
-    need(cfg.prm_minibatch % cfg.group_size == 0, f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
+    need(cfg.reward == "outcome" or cfg.prm_minibatch % cfg.group_size == 0, f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
     need(cfg.prm_ref in ("sft", "policy"), "--prm-ref is 'sft' or 'policy' (a folder with --eval-only)")
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
     need(cfg.process_baseline == "token-mean" or cfg.estimator == "rloo", "--process-baseline belongs to --estimator rloo")
-    need(cfg.granularity == "token" or cfg.gamma == 1, "--granularity whole knows no --gamma")
+    need(cfg.granularity == "token" or cfg.gamma == 1 and cfg.process_baseline == "token-mean",
+         "--granularity whole knows no --gamma and no --process-baseline")
     need(cfg.prm_update != "none" or cfg.prm_loss == "ce" and not cfg.prm_warmup_steps and (cfg.prm or cfg.reward == "outcome"),
          "--prm-update none needs a trained --prm, and no --prm-loss or --prm-warmup-steps")
-    need(cfg.prm_role == "reward" or (cfg.reward, cfg.estimator, cfg.granularity, cfg.gamma) == ("prime", "rloo", "token", 1),
-         "--prm-role value replaces the estimator: leave --reward, --estimator, --granularity and --gamma alone")
-    for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma"):
+    for name in ("reward", "estimator", "process_baseline", "granularity", "gamma", "process_weight", "outcome_weight"):
+        need(cfg.prm_role == "reward" or getattr(cfg, name) == getattr(Config, name),
+             f"--prm-role value replaces the estimator: drop {flag(name)}")
+    for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma",
+                 "beta", "process_weight", "process_baseline"):
         need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
              f"--reward outcome has no process reward: drop {flag(name)}")
 
@@ -241,18 +246,21 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
     def first(*names):
         return next((row[n] for n in names if row.get(n) not in (None, "", [])), None)
 
+    row = {key.lower(): value for key, value in row.items()}
     prompt, task, reference = first("problem", "question", "prompt", "question_content"), "code", None
     if isinstance(row.get("reward_model"), dict):  # Eurus-2-RL-Data
         task, reference = row.get("ability"), row["reward_model"].get("ground_truth")
     elif first("tests", "input_output"):
         reference = first("tests", "input_output")
     elif isinstance(row.get("test"), str):  # LeetCode: a script of assertions
-        reference = {"asserts": row["test"]}
+        reference = {"asserts": row["test"], "fn_name": row.get("entry_point")}
     elif isinstance(row.get("public_test_cases"), str):  # LiveCodeBench
-        cases = json.loads(row["public_test_cases"])
-        reference = {"inputs": [c["input"] for c in cases], "outputs": [c["output"] for c in cases]}
-        if cases and cases[0].get("testtype") == "functional":
-            reference["fn_name"] = json.loads(row["metadata"])["func_name"]
+        try:
+            cases, metadata = json.loads(row["public_test_cases"]), json.loads(row.get("metadata") or "{}")
+            reference = {"inputs": [c["input"] for c in cases], "outputs": [c["output"] for c in cases],
+                         "fn_name": metadata.get("func_name")}
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{where}: public_test_cases is no JSON list of input and output") from None
     else:
         task, reference = "math", first("answer", "expected_answer", "final_answer")
         if reference is None and isinstance(row.get("solution"), str):  # MATH, Minerva: in the worked solution
@@ -264,7 +272,7 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
     if reference in (None, "") or task not in ("math", "code"):
         raise UserError(f"{where}: no answer (a column answer, tests or reward_model), or ability neither math nor code")
     if not isinstance(prompt, list):
-        prompt = str(prompt) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
+        prompt = (f"{row['context']}\n\n" if row.get("context") else "") + str(prompt) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
     elif not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
         raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
     return Problem(prompt, task, reference)
@@ -278,15 +286,16 @@ def load_rows(name: str, option: str, split: str = "train"):
     rows, where = [], name
     try:
         if name.endswith(".jsonl"):
-            for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
-                where = f"{name}, line {number}"
-                rows.append(dict(json.loads(line)))
+            with open(name, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    where = f"{name}, line {number}"
+                    rows += [dict(json.loads(line))] if line.strip() else []
             return rows
         import datasets
         if name.endswith(".parquet"):
             return datasets.Dataset.from_parquet(name)
         splits = datasets.load_dataset(name)
-        return splits[split] if split in splits else next(iter(splits.values()))
+        return next(splits[name] for name in (split, "test", "validation", *splits) if name in splits)
     except Exception as e:  # the hub client raises dozens of kinds
         raise UserError(f"{option} {where}: cannot be loaded ({one_line(e)})") from None
 
@@ -299,8 +308,10 @@ class Problems:
         self.rows = miniature_rows(name, option) if builtin else load_rows(name, option, split)
         if not len(self.rows):
             raise UserError(f"{option} {name} holds no rows")
-        for i in range(len(self.rows)) if isinstance(self.rows, list) else ():
+        for i in range(len(self.rows) if isinstance(self.rows, list) else 1):
             self[i]  # name a bad line now, not in the middle of the night
+        if self[0].task == "code" and cfg.sandbox != "limits" and verify.refusal():
+            raise UserError(f"--sandbox {cfg.sandbox}: {verify.refusal()}")
 
     def __len__(self):
         return len(self.rows)
@@ -318,7 +329,10 @@ def encode_prompt(prompt: list | str, tokenizer, cfg: Config) -> list[int]:
     if cfg.template == "chat":
         if not tokenizer.chat_template:
             raise UserError("--template chat: the model's tokenizer has no chat template; give --template zero or none")
-        return tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            return tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, return_dict=True)["input_ids"]
+        except Exception as e:  # whatever the template objects to, a system message for instance
+            raise UserError(f"--template chat: the model's chat template refuses a prompt ({one_line(e)})") from None
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     text = ZERO_TEMPLATE.format(text) if cfg.template == "zero" else text
     return tokenizer(text, add_special_tokens=cfg.template == "zero")["input_ids"]
@@ -362,7 +376,7 @@ class PromptQueue:
 # The miniature: chains of six operations mod 10, worked from left to right. `9-5*8+7+0+1-7=` is answered by
 # `9-5=4,4*8=2,2+7=9,9+0=9,9+1=0,0-7=3,\boxed{3}`.
 
-MINIATURE_SIZES = {"miniature-test": 512, "miniature-val": 512, "miniature": 20000}  # disjoint, fixed
+MINIATURE_SETS = {"miniature-test": slice(512), "miniature-val": slice(512, 1024), "miniature": slice(1024, 21024)}
 
 def miniature_questions(seed: str) -> Iterator[str]:
     """Chains without end."""
@@ -381,14 +395,11 @@ def miniature_solution(question: str, fact=lambda a, op, b, right: right) -> lis
     return steps
 
 def miniature_rows(name: str, option: str = "--data") -> list[dict]:
-    """The problems of one of MINIATURE_SIZES."""
-    if name not in MINIATURE_SIZES:
-        raise UserError(f"{option} {name}: the built-in sets are {', '.join(MINIATURE_SIZES)}")
-    distinct = dict.fromkeys(itertools.islice(miniature_questions("miniature"), 30000))
-    for title, size in MINIATURE_SIZES.items():
-        questions = [distinct.popitem()[0] for _ in range(size)]
-        if title == name:
-            return [{"prompt": q, "answer": miniature_solution(q)[-1][-1]} for q in questions]
+    """The problems of one of MINIATURE_SETS, which are disjoint."""
+    if name not in MINIATURE_SETS:
+        raise UserError(f"{option} {name}: the built-in sets are {', '.join(MINIATURE_SETS)}")
+    distinct = list(dict.fromkeys(itertools.islice(miniature_questions("miniature"), 30000)))[::-1]
+    return [{"prompt": q, "answer": miniature_solution(q)[-1][-1]} for q in distinct[MINIATURE_SETS[name]]]
 
 def miniature_sft_rows(seed: int, n: int = 33600) -> list[dict]:
     """Worked solutions of a fallible teacher: a fixed fifth of the 300 facts is wrong 60% of the time, the rest 5%."""
@@ -480,6 +491,14 @@ def from_pretrained(loader, name: str, option: str, **kwargs):
     except Exception as e:  # the hub client and transformers raise dozens of kinds
         raise UserError(f"{option} {name}: cannot be loaded ({one_line(e)})") from None
 
+def load_tokenizer(name: str, cfg: Config):
+    """The model's tokenizer, which must be the PRM's as well."""
+    from transformers import AutoTokenizer
+    tokenizer = from_pretrained(AutoTokenizer, name, "--model")
+    if cfg.prm and from_pretrained(AutoTokenizer, cfg.prm, "--prm").get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--prm {cfg.prm} has another vocabulary than --model, whose tokens it is to judge")
+    return tokenizer
+
 def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = False, value_head: bool = False) -> TokenModel:
     """Shard a model over the ranks. Rank 0 reads it and deals its tensors out one by one; the others never hold it.
     Trained weights are float32 and computed with in --dtype; a frozen model is stored in --dtype: the same numbers."""
@@ -493,6 +512,7 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
     if dist.get_rank() == 0:
         source = TokenModel(from_pretrained(AutoModelForCausalLM, name, option, config=config, dtype=torch.float32))
         values = dict(source.named_parameters()) | dict(source.named_buffers())
+        generation_config = source.lm.generation_config
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=compute if frozen else torch.float32)
         model = TokenModel(lm, value_head).train()  # checkpointing asks for training mode; there is no dropout
@@ -516,6 +536,7 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
         dist.broadcast(full, 0)
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, full)
+    lm.generation_config = generation_config if values else None
     return model
 
 def full_weights(model: TokenModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -531,6 +552,7 @@ def save_pretrained(model: TokenModel, tokenizer, folder: Path) -> None:
         shutil.rmtree(tmp, ignore_errors=True)
         with torch.device("meta"):
             shell = type(model.lm)(model.lm.config)
+        shell.generation_config = model.lm.generation_config  # its stop tokens
         shell.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         shutil.rmtree(folder, ignore_errors=True)
@@ -615,6 +637,9 @@ class Learner:
     def __init__(self, model: TokenModel, lr: float, weight_decay: float, grad_clip: float):
         self.model, self.grad_clip = model, grad_clip
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        for p in model.parameters():  # made now, so that a checkpoint before the first step need not step to make them
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                       "exp_avg_sq": torch.zeros_like(p)}
 
     def update(self, batch: Batch, rows: Iterable[int], cfg: Config, loss, temperature: float = 1.0) -> tuple[float, float, list]:
         """One optimizer step on the given rows of a batch, in micro-batches. loss(values, mine) is this micro-batch's share
@@ -694,7 +719,7 @@ class VLLMEngine:
 
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: weights pass by reference, no process is left over
-        self.cuda, self.asleep, self.requests = torch.cuda.is_available(), False, 0
+        self.cuda, self.asleep = torch.cuda.is_available(), False
         launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         try:
             import vllm
@@ -733,18 +758,16 @@ class VLLMEngine:
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
         """As HFEngine.generate."""
         torch.manual_seed(seed)  # the engine draws from this process's default generators
-        engine, owner = self.llm.llm_engine, {}
-        for i in [i for i in range(len(prompts)) for _ in range(k)]:
-            self.requests += 1
-            owner[str(self.requests)] = i
-            params = self.params(temperature=temperature, max_tokens=max_tokens)
-            engine.add_request(str(self.requests), {"prompt_token_ids": prompts[i]}, params)
+        engine, params = self.llm.llm_engine, self.params(temperature=temperature, max_tokens=max_tokens)
+        for i, prompt in enumerate(prompts):
+            for j in range(k):
+                engine.add_request(f"{i}/{j}", {"prompt_token_ids": prompt}, params)
         while engine.has_unfinished_requests():
             for request in engine.step():
                 if request.finished:
                     out = request.outputs[0]
                     logps = [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)]
-                    yield owner[request.request_id], list(out.token_ids), logps, out.finish_reason == "length"
+                    yield int(request.request_id.split("/")[0]), list(out.token_ids), logps, out.finish_reason == "length"
 
 def repack_tied_head(model) -> None:
     """Refresh what vLLM's CPU build computes a tied head's logits with."""
@@ -959,8 +982,7 @@ def rloo_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, gro
     means = token_means(process_rewards, mask)
     centered = process_rewards - leave_one_out(means, group_size)[:, None]
     if baseline == "official":
-        everyone = means.view(-1, group_size).sum(-1).repeat_interleave(group_size)
-        centered = (process_rewards * group_size - everyone[:, None]) / (group_size - 1)
+        centered = centered + (process_rewards - means[:, None]) / (group_size - 1)
     return (discounted_returns(centered * mask, gamma) + (outcomes - leave_one_out(outcomes, group_size))[:, None]) * mask
 
 def reinforce_advantages(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, group_size: int, gamma: float = 1.0,
@@ -1081,28 +1103,34 @@ def sft_example(row: dict, tokenizer, cfg: Config, where: str) -> Rollout:
     """A worked response, its end of turn included, from Eurus-2-SFT-Data's schema or columns prompt and response."""
     prompt, response = row.get("prompt"), row.get("response")
     if row.get("conversations"):
-        prompt, response = (message.get("value") for message in row["conversations"][:2])
+        prompt, response = [message.get("value") for message in (row["conversations"] + [{}])[:2]]
         prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}] if row.get("system") else prompt
-    if not prompt or not isinstance(response, str):
+    if not prompt or not isinstance(prompt, (str, list)) or not isinstance(response, str):
         raise UserError(f"{where}: an SFT row holds prompt and response, or conversations")
     prompt_ids = encode_prompt(prompt, tokenizer, cfg)
-    if cfg.template == "chat":  # what the template puts behind the opening of the assistant's turn
-        chat = as_chat(prompt, cfg)
-        opening = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        turn = tokenizer.apply_chat_template(chat + [{"role": "assistant", "content": response}], tokenize=False)
-        return Rollout(0, prompt_ids, tokenizer(turn[len(opening):].rstrip(), add_special_tokens=False)["input_ids"], None)
-    return Rollout(0, prompt_ids, tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None)
+    if cfg.template != "chat":
+        return Rollout(0, prompt_ids, tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None)
+    chat = as_chat(prompt, cfg)  # the response is what the template puts behind the opening of the assistant's turn
+    opening = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    turn = tokenizer.apply_chat_template(chat + [{"role": "assistant", "content": response}], tokenize=False)
+    if not turn.startswith(opening):
+        raise UserError("--template chat: the template writes a turn unlike the opening it makes for one; give --template none")
+    return Rollout(0, prompt_ids, tokenizer(turn[len(opening):].rstrip(), add_special_tokens=False)["input_ids"], None)
 
-def sft_batches(rows, tokenizer, cfg: Config) -> Iterator[Batch]:
-    """Shuffled batches of exactly --sft-batch examples; those over the limits of prompt or response are left out."""
+def sft_batches(rows, tokenizer, cfg: Config) -> Iterator[tuple[Batch, int]]:
+    """Shuffled batches of exactly --sft-batch examples, and how many were left out so far, over the limits of prompt or
+    response."""
+    too_long = 0
     for epoch in range(cfg.sft_epochs):
         examples = []
         for i in shuffled(len(rows), f"{cfg.seed} sft {epoch}"):
             example = sft_example(rows[i], tokenizer, cfg, f"--sft-data {cfg.sft_data}, line {i + 1}")
-            if len(example.prompt_ids) <= cfg.max_prompt_tokens and len(example.ids) <= cfg.max_response_tokens:
-                examples.append(example)
+            if len(example.prompt_ids) > cfg.max_prompt_tokens or len(example.ids) > cfg.max_response_tokens:
+                too_long += 1
+                continue
+            examples.append(example)
             if len(examples) == cfg.sft_batch:
-                yield Batch.of(examples)
+                yield Batch.of(examples), too_long
                 examples = []
 
 def train_sft(name: str, tokenizer, cfg: Config, run: "Run") -> None:
@@ -1114,14 +1142,17 @@ def train_sft(name: str, tokenizer, cfg: Config, run: "Run") -> None:
         raise UserError(f"--sft-data {cfg.sft_data} holds {len(rows)} rows, fewer than --sft-batch {cfg.sft_batch}")
     learner = Learner(load_model(name, cfg), cfg.sft_lr, 0.0, 1.0)
     schedule = get_cosine_schedule_with_warmup(learner.optimizer, updates // 10, updates)
+    step = 0
     with run.bar(updates, "SFT") as bar:
-        for step, batch in enumerate(sft_batches(rows, tokenizer, cfg), 1):
+        for step, (batch, too_long) in enumerate(sft_batches(rows, tokenizer, cfg), 1):
             tokens = batch.mask.sum()
             loss, norm, _ = learner.update(batch, range(cfg.sft_batch), cfg, lambda logps, mine: -logps.sum() / tokens)
             schedule.step()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            run.log({"sft/step": step, "sft/loss": loss, "sft/grad_norm": norm})
+            run.log({"sft/step": step, "sft/loss": loss, "sft/grad_norm": norm, "sft/too_long": too_long})
+    if not step:
+        raise UserError("--max-prompt-tokens, --max-response-tokens: too few examples of --sft-data are short enough")
     save_pretrained(learner.model, tokenizer, run.folder / "sft")
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -1153,16 +1184,17 @@ def evaluate(sampler: Sampler, sets: list[Problems], models: Models, cfg: Config
         with sampler.awake(models.policy), run.bar(len(prompts) * (1 + n), f"evaluate {name}") as bar:
             greedy = sampler.sample(problems, prompts, 1, 0.0, "greedy", bar)
             groups = sampler.sample(problems, prompts, n, cfg.eval_temperature, "eval", bar) if n else [[] for _ in prompts]
-        figures["greedy"] = [group[0].outcome for group in greedy]
+        right = [sum(r.outcome >= 1 for r in group) for group in groups]  # a program that fails a test is wrong
+        figures["greedy"] = [float(group[0].outcome >= 1) for group in greedy]
         if n:
-            figures[f"avg@{n}"] = [fmean(r.outcome for r in group) for group in groups]
+            figures[f"avg@{n}"] = [count / n for count in right]
         for k in [2 ** j for j in range(1, n.bit_length())]:
-            figures[f"pass@{k}"] = [pass_at_k(n, sum(r.outcome >= 1 for r in group), k) for group in groups]
+            figures[f"pass@{k}"] = [pass_at_k(n, count, k) for count in right]
         if n and problems[prompts[0][0]].task == "math":
             figures[f"majority@{n}"] = [majority_vote(group) for group in groups]
         if n and models.prm and cfg.eval_only:
             sums = process_rewards_of([r for group in groups for r in group], models, cfg).sum(-1).view(-1, n)
-            figures[f"best_of@{n}"] = [group[best].outcome for group, best in zip(groups, sums.argmax(-1).tolist())]
+            figures[f"best_of@{n}"] = [float(group[best].outcome >= 1) for group, best in zip(groups, sums.argmax(-1).tolist())]
         metrics |= {f"eval/{name}/problems": len(prompts), f"eval/{name}/too_long": len(encoded) - len(prompts)}
         for key, values in figures.items():
             error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -1276,7 +1308,7 @@ class Run:
         if self.main:
             lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if '"eval/' in line]
             for key in [key for key in lines[-1] if key + "_se" in lines[-1]] if lines else []:
-                cells = [f"{line[key]:.3f} ± {line[key + '_se']:.3f} (step {line['step']})" for line in (lines[0], lines[-1])]
+                cells = [f"{line[key]:.3f} ± {line[key + '_se']:.3f} (step {line['step']})" for line in lines[:1] + lines[1:][-1:]]
                 print(f"{key[5:]:28} {lines[-1][key.rsplit('/', 1)[0] + '/problems']} problems   {'  ->  '.join(cells)}")
             print(f"results: {self.folder}")
 
@@ -1299,12 +1331,13 @@ def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> 
     tmp, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
     if run.main:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.sync()  # the metrics that this checkpoint counts
     progress = gather({"step": step, "metrics_bytes": run.main and run.metrics.stat().st_size, "queue": queue.state})[0]
-    dcp.save(checkpoint_state(models) | {"progress": json.dumps(progress)}, checkpoint_id=tmp)  # synced by the library
+    dcp.save(checkpoint_state(models) | {"progress": json.dumps(progress)}, checkpoint_id=tmp)
     if run.main:
         shutil.rmtree(final, ignore_errors=True)
+        os.sync()  # the checkpoint, and the metrics that it counts
         tmp.rename(final)
+        os.sync()
         for old in set(folder.iterdir()) - {final}:
             shutil.rmtree(old)
     dist.barrier()
@@ -1340,30 +1373,26 @@ def matmul_flops(dtype: torch.dtype) -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * n ** 3 / min(seconds)
 
-def throughput(run: Run, batch: Batch, models: Models, cfg: Config) -> dict:
+def throughput(run: Run, considered: list[Rollout], batch: Batch, models: Models, metrics: dict, cfg: Config) -> dict:
     """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 6 operations a parameter and token for a forward
     and backward pass; attention is not counted."""
-    tokens, metrics = sum(map(len, batch.tokens)), {"tokens_per_second/rollout": float(batch.mask.sum()) / run.seconds["rollout"]}
-    operations = 6 * sum(p.numel() for p in models.policy.model.parameters()) * tokens / dist.get_world_size()
-    for phase in ("prm", "critic", "policy"):
-        if getattr(models, phase):
-            metrics[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
-            metrics[f"mfu/{phase}"] = operations / run.seconds[phase] / matmul_flops(getattr(torch, cfg.dtype))
-    return metrics
+    figures = {"tokens_per_second/rollout": sum(len(r.ids) for r in considered) / run.seconds["rollout"]}
+    tokens, parameters = sum(map(len, batch.tokens)), sum(p.numel() for p in models.policy.model.parameters())
+    for phase in [phase for phase in ("prm", "critic", "policy") if f"{phase}/loss" in metrics]:
+        speed = figures[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
+        figures[f"mfu/{phase}"] = 6 * parameters * speed / dist.get_world_size() / matmul_flops(getattr(torch, cfg.dtype))
+    return figures
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 1.
 
 def starting_model(cfg: Config, run: Run) -> tuple[str, object]:
     """The SFT model (a name or folder) that policy, PRM and reference start from, trained here if asked; its tokenizer."""
-    from transformers import AutoTokenizer
     name = cfg.model or str(run.folder / "init")
     if not cfg.model and run.main:
         make_miniature_model(Path(name), cfg.seed)
     dist.barrier()
-    tokenizer = from_pretrained(AutoTokenizer, name, "--model")
-    if cfg.prm and from_pretrained(AutoTokenizer, cfg.prm, "--prm").get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--prm {cfg.prm} has another vocabulary than --model, whose tokens it is to judge")
+    tokenizer = load_tokenizer(name, cfg)
     if cfg.sft_data and not (run.folder / "sft").exists():
         run.rewind(0)
         train_sft(name, tokenizer, cfg, run)
@@ -1387,12 +1416,12 @@ def probe_prm(models: Models, considered: list[Rollout], cfg: Config, step: int)
 
 def train(cfg: Config, run: Run) -> int:
     """Algorithm 1, from an SFT model that --sft-data makes first. Returns the exit code."""
+    problems = Problems(cfg.data, cfg) if cfg.steps else None
+    eval_sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data or []]
     name, tokenizer = starting_model(cfg, run)
     if not cfg.steps:
         return 0
-    queue = PromptQueue(Problems(cfg.data, cfg), tokenizer, cfg)
-    eval_sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data or []]
-    models = load_models(name, cfg)
+    queue, models = PromptQueue(problems, tokenizer, cfg), load_models(name, cfg)
     first = load_checkpoint(run, models, queue, cfg)
     run.catch_interrupt()
     with Sampler(name, tokenizer, cfg) as sampler, run.bar(cfg.steps, "PRIME", first) as bar:
@@ -1415,7 +1444,7 @@ def train(cfg: Config, run: Run) -> int:
             with run.timed("policy"):  # PPO's clipped update (Eq. 6)
                 if step > cfg.prm_warmup_steps:
                     metrics |= update_policy(models.policy, batch, advantages, old_logps, cfg, step)
-            metrics |= throughput(run, batch, models, cfg)
+            metrics |= throughput(run, considered, batch, models, metrics, cfg)
             stop = any(gather(run.interrupted))
             if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0 and not stop:
                 metrics |= evaluate(sampler, eval_sets, models, cfg, run, step)
@@ -1432,8 +1461,7 @@ def train(cfg: Config, run: Run) -> int:
 
 def evaluate_only(cfg: Config, run: Run) -> int:
     """--eval-only: --model on --eval-data, best-of-N by --prm. Returns the exit code."""
-    from transformers import AutoTokenizer
-    tokenizer, models = from_pretrained(AutoTokenizer, cfg.model, "--model"), Models()
+    tokenizer, models = load_tokenizer(cfg.model, cfg), Models()
     sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data]
     if cfg.prm:
         models.prm = Learner(load_model(cfg.prm, cfg, "--prm"), 0.0, 0.0, 0.0)
@@ -1462,30 +1490,35 @@ def parse_args(argv: list[str]) -> Config:
     if given.resume:
         try:
             saved = json.loads((Path(given.resume) / "config.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--resume {given.resume}: no config.json there, so no run to go on with") from None
-        parser.set_defaults(**saved | {"output": given.resume})
+            Config(**saved)
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"--resume {given.resume}: no config.json of a run there, so no run to go on with") from None
+        parser.set_defaults(**saved)
     elif given.data == "miniature" or not (given.data or given.sft_data or given.eval_only):
         parser.set_defaults(**MINIATURE | ({} if given.model else MINIATURE_SFT))
     cfg = Config(**vars(parser.parse_args(argv)))
     for name in set(saved) - {"resume", "output", "steps"}:
         if getattr(cfg, name) != saved[name]:
             raise UserError(f"{flag(name)} {getattr(cfg, name)} conflicts with the run's {saved[name]}: --resume changes --steps only")
-    cfg.output = cfg.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    cfg.output = given.resume or cfg.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return cfg
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world, run = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), None
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         check_config(cfg, world)
         setup_distributed()
         run = Run(cfg)
         return evaluate_only(cfg, run) if cfg.eval_only else train(cfg, run)
-    except UserError as e:
+    except (UserError, OSError) as e:
         message = str(e)
-    except torch.OutOfMemoryError as e:
+        if run and run.main and not cfg.resume and not run.metrics.stat().st_size:
+            shutil.rmtree(run.folder)  # nothing had begun: the corrected command may take this folder
+    except RuntimeError as e:
+        if "out of memory" not in str(e).lower():
+            raise
         message = ("out of GPU memory; what helps: a smaller --token-budget, --activation-checkpointing, --prm-ref policy, "
                    f"--cpu-offload, a smaller --vllm-memory, more GPUs ({str(e).split('. ')[0]})")
     except KeyboardInterrupt:

@@ -762,7 +762,11 @@ def test_rows_are_understood():
     assert row(question="q", final_answer=["1", "2"]).reference == "1, 2"
     code = row(prompt="q", tests={"inputs": ["1"], "outputs": ["2"]})
     assert code.task == "code" and code.prompt.endswith(prime.CODE_SUFFIX)
-    assert row(prompt="q", test="assert f() == 1").reference == {"asserts": "assert f() == 1"}
+    assert row(prompt="q", test="assert f() == 1").reference == {"asserts": "assert f() == 1", "fn_name": None}
+    assert row(prompt="q", test="def check(f): pass", entry_point="f").reference["fn_name"] == "f"
+    assert row(Problem="q", Answer="7", context="c").prompt.startswith("c\n\nq")
+    with pytest.raises(prime.UserError, match="public_test_cases"):
+        row(question_content="q", public_test_cases="no")
     live = row(question_content="q", public_test_cases='[{"input": "[1]", "output": "2", "testtype": "functional"}]',
                metadata='{"func_name": "f"}')
     assert live.reference == {"inputs": ["[1]"], "outputs": ["2"], "fn_name": "f"}
@@ -774,11 +778,16 @@ def test_the_chat_template_is_applied_once(loaded, sft):
     cfg = dataclasses.replace(loaded[0], template="chat", system_prompt="9")
     with pytest.raises(prime.UserError, match="no chat template"):
         prime.encode_prompt("1+1=", tokenizer, cfg)
-    tokenizer.chat_template = "{% for m in messages %}*{{ m.content }}*{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    tokenizer.chat_template = ("{% for m in messages %}{{ '=' if m.role == 'assistant' else '*' }}{{ m.content }}*{% endfor %}"
+                               "{% if add_generation_prompt %}={% endif %}")
     assert tokenizer.decode(prime.encode_prompt("1+1", tokenizer, cfg)) == "*9**1+1*="
     assert tokenizer.decode(prime.encode_prompt([{"role": "user", "content": "2"}], tokenizer, cfg)) == "*2*="
     example = prime.sft_example({"prompt": "1", "response": "5,7"}, tokenizer, cfg, "x")
     assert tokenizer.decode(example.prompt_ids) == "*9**1*=" and tokenizer.decode(example.ids) == "5,7*"
+    tokenizer.chat_template = tokenizer.chat_template.replace("%}={%", "%}+{%")  # an opening that no turn begins with
+    with pytest.raises(prime.UserError, match="opening"):
+        prime.sft_example({"prompt": "1", "response": "5,7"}, tokenizer, cfg, "x")
+    tokenizer.chat_template = tokenizer.chat_template.replace("%}+{%", "%}={%")
     eurus = {"system": "8", "conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}
     assert tokenizer.decode(prime.sft_example(eurus, tokenizer, cfg, "x").prompt_ids) == "*8**1*="
 
@@ -889,8 +898,8 @@ def test_miniature_overrides_and_their_limits():
 
 def test_the_miniature_is_what_it_says():
     assert prime.miniature_solution("9-5*8+7+0+1-7=") == ["9-5=4", "4*8=2", "2+7=9", "9+0=9", "9+1=0", "0-7=3"]
-    sets = {name: {row["prompt"] for row in prime.miniature_rows(name)} for name in prime.MINIATURE_SIZES}
-    assert {name: len(s) for name, s in sets.items()} == prime.MINIATURE_SIZES
+    sets = {name: {row["prompt"] for row in prime.miniature_rows(name)} for name in prime.MINIATURE_SETS}
+    assert {name: len(s) for name, s in sets.items()} == {"miniature-test": 512, "miniature-val": 512, "miniature": 20000}
     assert not set.intersection(sets["miniature-test"], sets["miniature-val"] | sets["miniature"])
     worked = prime.miniature_sft_rows(0, 2000)
     assert not {row["prompt"] for row in worked} & (sets["miniature-test"] | sets["miniature-val"])
