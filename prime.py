@@ -637,7 +637,7 @@ class Learner:
     def __init__(self, model: TokenModel, lr: float, weight_decay: float, grad_clip: float):
         self.model, self.grad_clip = model, grad_clip
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-        for p in model.parameters():  # made now, so that a checkpoint before the first step need not step to make them
+        for p in filter(lambda p: p.requires_grad, model.parameters()):  # now: a checkpoint must not step to make them
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
 
@@ -1464,7 +1464,7 @@ def evaluate_only(cfg: Config, run: Run) -> int:
     tokenizer, models = load_tokenizer(cfg.model, cfg), Models()
     sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data]
     if cfg.prm:
-        models.prm = Learner(load_model(cfg.prm, cfg, "--prm"), 0.0, 0.0, 0.0)
+        models.prm = Learner(load_model(cfg.prm, cfg, "--prm", frozen=True), 0.0, 0.0, 0.0)
         models.ref = load_model(cfg.prm_ref, cfg, "--prm-ref", frozen=True)
     with Sampler(cfg.model, tokenizer, cfg) as sampler:
         run.log({"step": 0} | evaluate(sampler, sets, models, cfg, run, 0))
