@@ -476,12 +476,14 @@ class TokenModel(nn.Module):
         if self.value_head is not None:
             return self.value_head(hidden).sum(-1).float()
         weight, targets = self.lm.get_output_embeddings().weight, ids[:, 1:][predicts]
-        chunks = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))
-        return torch.cat([checkpoint(chunk_logps, h, weight, t, temperature, use_reentrant=False) for h, t in chunks])
+        *chunks, last = [(h, weight, t, temperature) for h, t in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))]
+        logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]  # logits made again in backward
+        return torch.cat([*logps, chunk_logps(*last)])  # the last ones are needed first, so they stay
 
 def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(hidden weight^T / temperature) at the targets, float32: (n, d), (V, d), (n,) -> (n,)."""
-    logits = F.linear(hidden, weight).float() / temperature
+    logits = F.linear(hidden, weight).float()
+    logits = logits if temperature == 1 else logits / temperature
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 def from_pretrained(loader, name: str, option: str, **kwargs):
