@@ -1311,8 +1311,8 @@ class Run:
             lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if '"eval/' in line]
             for key in [key for key in lines[-1] if key + "_se" in lines[-1]] if lines else []:
                 cells = [f"{line[key]:.3f} ± {line[key + '_se']:.3f} (step {line['step']})" for line in lines[:1] + lines[1:][-1:]]
-                print(f"{key[5:]:28} {lines[-1][key.rsplit('/', 1)[0] + '/problems']} problems   {'  ->  '.join(cells)}")
-            print(f"results: {self.folder}")
+                tqdm.write(f"{key[5:]:28} {lines[-1][key.rsplit('/', 1)[0] + '/problems']} problems   {'  ->  '.join(cells)}")
+            tqdm.write(f"results: {self.folder}")
 
 STEP_LINE = {"accuracy": "rollout/accuracy", "kept": "rollout/kept_prompts", "of": "rollout/considered_prompts",
              "length": "rollout/length", "PRM loss": "prm/loss", "AUC": "prm/auc", "pairs": "prm/pair_accuracy",

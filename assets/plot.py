@@ -4,7 +4,7 @@
     python assets/plot.py runs/prime-1 runs/prime-2 runs/outcome-1 --out curves.png
     python assets/plot.py runs/* --keys prm/loss rollout/length
 
-Runs that differ only in seed, output and resume are pooled; others are labelled by the options that differ.
+Runs that differ only in seed, output, resume and models at NAME-SEED/ are pooled; others are labelled by the options that differ.
 """
 import argparse
 import json
@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 MARKERS = ("o-", "s--", "^:", "D-.")  # of the held-out metrics, which share a panel
+
+IGNORED = ("seed", "output", "resume")
 
 def fail(message: str):
     argparse.ArgumentParser().exit(2, f"plot.py: {message}\n")
@@ -41,7 +43,8 @@ def pool(folders: list[Path]):
     pools = {}
     for folder in folders:
         config, series = read_run(folder)
-        options = tuple((key, str(config[key])) for key in sorted({*config} - {"seed", "output", "resume"}))
+        paths = {key: str(config[key]).replace(f"-{config['seed']}/", "-SEED/") for key in ("model", "prm", "prm_ref")}
+        options = tuple((key, str(value)) for key, value in sorted((config | paths).items()) if key not in IGNORED)
         pools.setdefault(options, []).append((str(folder), series))
     for options, runs in pools.items():
         label = ", ".join(f"{key} {value}" for key, value in options if any((key, value) not in o for o in pools))
