@@ -104,6 +104,7 @@ class RewardOptions:
     estimator: Literal["rloo", "reinforce", "grpo", "ppo"] = opt("rloo", "advantage estimator (Eq. 5, 7, 8; Table 4)")
     process_baseline: Literal["token-mean", "official"] = opt("token-mean", "Eq. 5's text; official: its K/(K-1) form")
     granularity: Literal["token", "whole"] = opt("token", "process reward a token, or R_phi(y) as a second outcome")
+    last_token: bool = opt(True, "the last token has a process reward as well (official; its later port: 0)")
     prm_role: Literal["reward", "value"] = opt("reward", "value: A_t = r_o - v_phi(y_<t) (Sec. 5)")
     normalize: bool = opt(True, "divide process rewards by the batch's largest |reward-to-go| (official)")
     whiten: bool = opt(True, "whiten advantages over the batch's tokens (official)")
@@ -221,7 +222,7 @@ def check_config(cfg: Config, world: int) -> None:
         need(cfg.prm_role == "reward" or getattr(cfg, name) == getattr(Config, name),
              f"--prm-role value replaces the estimator: drop {flag(name)}")
     for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma",
-                 "beta", "process_weight", "process_baseline"):
+                 "beta", "process_weight", "process_baseline", "last_token"):
         need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
              f"--reward outcome has no process reward: drop {flag(name)}")
 
@@ -286,16 +287,16 @@ def load_rows(name: str, option: str, split: str = "train"):
     rows, where = [], name
     try:
         if name.endswith(".jsonl"):
-            with open(name, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    where = f"{name}, line {number}"
-                    rows += [dict(json.loads(line))] if line.strip() else []
+            text = Path(name).read_text(encoding="utf-8").rstrip()
+            for number, line in enumerate(text.split("\n") if text else [], 1):
+                where = f"{name}, line {number}"
+                rows.append(dict(json.loads(line)))
             return rows
         import datasets
         if name.endswith(".parquet"):
             return datasets.Dataset.from_parquet(name)
         splits = datasets.load_dataset(name)
-        return next(splits[name] for name in (split, "test", "validation", *splits) if name in splits)
+        return next(splits[name] for name in (split, "validation", *splits) if name in splits)
     except Exception as e:  # the hub client raises dozens of kinds
         raise UserError(f"{option} {where}: cannot be loaded ({one_line(e)})") from None
 
@@ -1029,6 +1030,8 @@ def estimate_advantages(process_rewards: Optional[Tensor], batch: Batch, cfg: Co
     if cfg.prm_role == "value":  # v_phi(y_<t) is what the PRM credits the response with before token t
         advantages = (outcomes[:, None] - (rewards.cumsum(-1) - rewards)) * mask
         return whiten(advantages, mask) if cfg.whiten else advantages, None
+    if not cfg.last_token:
+        rewards = rewards * ~last
     if cfg.granularity == "whole":
         rewards = last * rewards.sum(-1, keepdim=True)
     if cfg.normalize:

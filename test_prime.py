@@ -271,6 +271,10 @@ def test_estimators_by_option(group):
     torch.testing.assert_close(advantages(whiten=True), prime.whiten(prime.rloo_advantages(rewards, outcomes, mask, K), mask))
     torch.testing.assert_close(advantages(normalize=True),
                                prime.rloo_advantages(prime.normalize_rewards(rewards, mask), outcomes, mask, K))
+    cut = rewards.clone()
+    for i, n in enumerate(group[3]):
+        cut[i, n - 1] = 0
+    torch.testing.assert_close(advantages(last_token=False), prime.rloo_advantages(cut, outcomes, mask, K))
     values = torch.randn_like(mask) * mask
     expected = torch.zeros_like(mask)  # gamma = lambda = 1: r_o - V(y_<t), plus the process rewards to go
     value_role = torch.zeros_like(mask)  # r_o - v_phi(y_<t)
@@ -770,6 +774,15 @@ def test_rows_are_understood():
     live = row(question_content="q", public_test_cases='[{"input": "[1]", "output": "2", "testtype": "functional"}]',
                metadata='{"func_name": "f"}')
     assert live.reference == {"inputs": ["[1]"], "outputs": ["2"], "fn_name": "f"}
+
+
+def test_jsonl_lines_are_what_newlines_part(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "a\u2028b", "answer": "1"}\r\n{"problem": "c", "answer": "2"}\n\n\n', encoding="utf-8")
+    assert [row["problem"] for row in prime.load_rows(str(path), "--data")] == ["a\u2028b", "c"]
+    path.write_text('{"problem": "a", "answer": "1"}\n\n{"problem": "c"}\n')
+    with pytest.raises(prime.UserError, match="line 2: cannot be loaded"):
+        prime.Problems(str(path), prime.Config())
 
 
 def test_the_chat_template_is_applied_once(loaded, sft):

@@ -34,6 +34,9 @@ for seed in $seeds; do echo "sft $seed"; done | two_at_a_time
     arm sequence-mean --loss-average sequence
     arm prm-clip-1 --prm-grad-clip 1
     arm four-updates --minibatch 32 --prm-minibatch 32
+    arm no-last-token --no-last-token
+    arm drop-truncated --drop-truncated
+    arm coefficients-5 --process-weight 5 --outcome-weight 5
     arm no-filter --no-filter
     arm outcome-no-filter --reward outcome --no-filter
     # which PRM scores
