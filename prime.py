@@ -379,11 +379,11 @@ class PromptQueue:
 
 MINIATURE_SETS = {"miniature-test": slice(512), "miniature-val": slice(512, 1024), "miniature": slice(1024, 21024)}
 
-def miniature_questions(seed: str) -> Iterator[str]:
+def miniature_questions(seed: str, length: int = 6) -> Iterator[str]:
     """Chains without end."""
     rng = random.Random(seed)
     while True:
-        yield str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(6)) + "="
+        yield str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(length)) + "="
 
 def miniature_solution(question: str, fact=lambda a, op, b, right: right) -> list[str]:
     """Each step `a+b=c` of a chain; fact may write another result than the right one."""
@@ -402,19 +402,20 @@ def miniature_rows(name: str, option: str = "--data") -> list[dict]:
     distinct = list(dict.fromkeys(itertools.islice(miniature_questions("miniature"), 30000)))[::-1]
     return [{"prompt": q, "answer": miniature_solution(q)[-1][-1]} for q in distinct[MINIATURE_SETS[name]]]
 
-def miniature_sft_rows(seed: int, n: int = 33600) -> list[dict]:
+def miniature_sft_rows(seed: int, n: int = 33600, length: int = 6, wrong: float = 0.2, belief: float = 0.6,
+                       slip: float = 0.05) -> list[dict]:
     """Worked solutions of a fallible teacher: a fixed fifth of the 300 facts is wrong 60% of the time, the rest 5%."""
     rng, rows = random.Random(f"teacher {seed}"), []
     held_out = {row["prompt"] for name in ("miniature-val", "miniature-test") for row in miniature_rows(name)}
     facts = [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]
-    misbelief = {f: rng.randrange(1, 10) for f in rng.sample(facts, len(facts) // 5)}
+    misbelief = {f: rng.randrange(1, 10) for f in rng.sample(facts, int(wrong * len(facts)))}
 
     def fact(a, op, b, right):
-        if (a, op, b) in misbelief and rng.random() < 0.6:
+        if (a, op, b) in misbelief and rng.random() < belief:
             return (right + misbelief[a, op, b]) % 10
-        return rng.randrange(10) if rng.random() < 0.05 else right
+        return rng.randrange(10) if rng.random() < slip else right
 
-    for question in itertools.islice(miniature_questions(f"sft {seed}"), n):
+    for question in itertools.islice(miniature_questions(f"sft {seed}", length), n):
         steps = miniature_solution(question, fact)
         if question not in held_out:
             rows.append({"prompt": question, "response": ",".join(steps) + f",\\boxed{{{steps[-1][-1]}}}"})
@@ -434,7 +435,7 @@ def make_miniature_model(folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(
             vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
             initializer_range=0.05,  # with the usual 0.02 some seeds have not learnt the facts when SFT ends
         )).save_pretrained(folder)
 
@@ -485,7 +486,7 @@ def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     """log softmax(hidden weight^T / temperature) at the targets, float32: (n, d), (V, d), (n,) -> (n,)."""
     logits = F.linear(hidden, weight).float()
     logits = logits if temperature == 1 else logits / temperature
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 def from_pretrained(loader, name: str, option: str, **kwargs):
     """loader.from_pretrained(name), with its many errors in one line."""

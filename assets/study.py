@@ -1,5 +1,6 @@
 """Tables of the ablation study: `python assets/study.py [FOLDER]` reads the finished runs that study.sh left in
-FOLDER (default runs/study), writes assets/study.csv with a row a run and prints a table with a row an arm."""
+FOLDER (default runs/study), writes study.csv, a row a run, and curves.csv, a row an arm and step, beside this file, and
+prints the grid of learning rates and a table with a row an arm."""
 
 import csv
 import json
@@ -7,62 +8,86 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-COLUMNS = ("arm", "seed", "avg4_start", "avg4_end", "greedy_end", "rollout_accuracy_end", "steps_to_outcome_only",
+COLUMNS = ("arm", "seed", "avg4_start", "avg4_end", "greedy_end", "accuracy_end", "accuracy_swing", "steps_to_outcome_only",
            "prm_auc_start", "prm_auc_end", "pair_accuracy_end", "seconds_rollout", "seconds_ref", "seconds_prm",
            "seconds_policy", "seconds_step")
+CURVES = ("arm", "step", "seeds", "accuracy", "accuracy_sd", "prm_auc", "prm_auc_sd")
 
 def smooth(steps, key):
-    """The mean of a metric over each step and the four before it; empty where a step lacks it."""
-    values = [step.get(key) for step in steps]
-    if None in values:
-        return []
-    return [fmean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
+    """The mean of a metric over each step and the four before it, where it was measured; None where it was not."""
+    windows = ([step[key] for step in steps[max(0, i - 4):i + 1] if key in step] for i in range(len(steps)))
+    return [fmean(window) if window else None for window in windows]
 
 def read(folder):
-    """A finished run: its row without the comparison, and its smoothed accuracy on fresh problems by step."""
+    """A finished run: its row without the comparison, and its steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, first, last = [line for line in lines if line.get("step", 0) > 0], lines[0], lines[-1]
     accuracy, auc = smooth(steps, "rollout/accuracy"), smooth(steps, "prm/all_auc")
-    pairs = smooth(steps, "prm/all_pair_accuracy")
+    swings = [a["rollout/accuracy"] - b for a, b in zip(steps[5:], accuracy[4:])]  # against the five steps before
     arm, _, seed = folder.name.rpartition("-")
-    row = {"arm": arm, "seed": int(seed), "avg4_start": first["eval/miniature-test/avg@4"],
-           "avg4_end": last["eval/miniature-test/avg@4"], "greedy_end": last["eval/miniature-test/greedy"],
-           "rollout_accuracy_end": accuracy[-1], "prm_auc_start": auc[9] if len(auc) > 9 else "",
-           "prm_auc_end": auc[-1] if auc else "", "pair_accuracy_end": pairs[-1] if pairs else ""}
+    samples = next((key for key in last if key.startswith("eval/") and key.endswith("/avg@4")), None)
+    row = {"arm": arm, "seed": int(seed), "accuracy_end": accuracy[-1], "prm_auc_start": auc[min(9, len(auc) - 1)],
+           "prm_auc_end": auc[-1], "pair_accuracy_end": smooth(steps, "prm/all_pair_accuracy")[-1]}
+    row["accuracy_swing"] = stdev(swings) if len(swings) > 1 else None
+    if samples:
+        row |= {"avg4_start": first[samples], "avg4_end": last[samples], "greedy_end": last[samples.replace("avg@4", "greedy")]}
     for phase in ("rollout", "ref", "prm", "policy", "step"):
         row["seconds_" + phase] = fmean(step["time/" + phase] for step in steps)
-    return row, accuracy
+    return row, steps
 
-def cell(values):
+def baseline(arm):
+    """The outcome-only arm of the same part of the study."""
+    part, dash, _ = arm.partition("-")
+    return f"{part}-outcome" if part in ("best", "chains") else "outcome"
+
+def cell(values, digits=3):
     """Mean and spread of what is there."""
-    values = [value for value in values if value != ""]
-    if not values:
-        return "-"
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{spread}"
+    values = [value for value in values if value is not None]
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}" if values else "-"
+
+def write(name, columns, rows):
+    """A file of comma-separated values beside this one."""
+    with open(Path(__file__).with_name(name), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
 
 def main():
-    """Write assets/study.csv and print the table."""
+    """Write the files and print the tables."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/study")
     found = [read(path.parent) for path in sorted(root.glob("*/policy"))]
-    baselines = {row["seed"]: row["rollout_accuracy_end"] for row, _ in found if row["arm"] == "outcome"}
-    for row, accuracy in found:  # the first step that is as good as the outcome-only run at its end, on the same seed
-        goal = baselines.get(row["seed"], 2.0)
-        row["steps_to_outcome_only"] = next((step for step, value in enumerate(accuracy, 1) if step > 4 and value >= goal), "")
-    with open(Path(__file__).with_name("study.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-                         for row, _ in found)
+    ends = {(row["arm"], row["seed"]): row["accuracy_end"] for row, _ in found}
+    arms, curves = {}, []
+    for row, steps in found:  # the first step that is as good as the outcome-only run at its end, on the same seed
+        goal = ends.get((baseline(row["arm"]), row["seed"]), 2.0)
+        accuracy = enumerate(smooth(steps, "rollout/accuracy"), 1)
+        row["steps_to_outcome_only"] = next((step for step, value in accuracy if step > 4 and value >= goal), None)
+        arms.setdefault(row["arm"], []).append((row, steps))
+    for arm, runs in arms.items():
+        if arm.startswith("grid-"):
+            continue
+        for step in range(max(len(steps) for _, steps in runs)):
+            at = [steps[step] for _, steps in runs if step < len(steps)]
+            values = {name: [s[key] for s in at if key in s] for name, key in (("accuracy", "rollout/accuracy"), ("prm_auc", "prm/all_auc"))}
+            curves.append({"arm": arm, "step": step + 1, "seeds": len(at)} | {name: fmean(v) for name, v in values.items() if v}
+                          | {name + "_sd": stdev(v) for name, v in values.items() if len(v) > 1})
+    write("study.csv", COLUMNS, (row for row, _ in found))
+    write("curves.csv", CURVES, curves)
+    print("grid of learning rates: avg@4 on miniature-val")
+    for arm, runs in arms.items():
+        if arm.startswith("grid-"):
+            print(f"{arm[5:]:28} {cell([row['avg4_end'] for row, _ in runs])}")
     print("| arm | seeds | avg@4 | greedy | steps to outcome-only's end | PRM AUC, step 10 | at the end | s a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for arm in dict.fromkeys(row["arm"] for row, _ in found):
-        rows = [row for row, _ in found if row["arm"] == arm]
-        reached = [row["steps_to_outcome_only"] for row in rows if row["steps_to_outcome_only"] != ""]
+    for arm, runs in arms.items():
+        rows = [row for row, _ in runs]
+        reached = [row["steps_to_outcome_only"] for row in rows if row["steps_to_outcome_only"]]
         steps = f"{fmean(reached):.0f} ({len(reached)} of {len(rows)})" if reached else "never"
-        print(f"| {arm} | {len(rows)} | {cell([r['avg4_end'] for r in rows])} | {cell([r['greedy_end'] for r in rows])} | {steps} | "
-              f"{cell([r['prm_auc_start'] for r in rows])} | {cell([r['prm_auc_end'] for r in rows])} | "
-              f"{fmean(r['seconds_step'] for r in rows):.2f} |")
+        if not arm.startswith("grid-"):
+            print(f"| {arm} | {len(rows)} | {cell([r.get('avg4_end') for r in rows])} | {cell([r.get('greedy_end') for r in rows])} | {steps} | "
+                  f"{cell([r['prm_auc_start'] for r in rows])} | {cell([r['prm_auc_end'] for r in rows])} | "
+                  f"{fmean(r['seconds_step'] for r in rows):.2f} |")
 
 if __name__ == "__main__":
     main()
