@@ -272,8 +272,9 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
         raise UserError(f"{where}: no prompt (a column problem, question or prompt)")
     if reference in (None, "") or task not in ("math", "code"):
         raise UserError(f"{where}: no answer (a column answer, tests or reward_model), or ability neither math nor code")
-    if not isinstance(prompt, list):
-        prompt = (f"{row['context']}\n\n" if row.get("context") else "") + str(prompt) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
+    if not isinstance(prompt, list):  # starter_code names the function that LiveCodeBench calls
+        parts = [str(part) for part in (row.get("context"), prompt, row.get("starter_code")) if part]
+        prompt = "\n\n".join(parts) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
     elif not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
         raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
     return Problem(prompt, task, reference)
