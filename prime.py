@@ -1238,8 +1238,8 @@ def reporter(kind: str, folder: Path, config: dict):
         import wandb
         wandb.init(project="prime", name=folder.name, config=config)
         return wandb.log
-    except ImportError as e:
-        raise UserError(f"--report-to {kind}: pip install {kind} ({one_line(e)})") from None
+    except Exception as e:  # not installed, not logged in
+        raise UserError(f"--report-to {kind}: it does not start ({one_line(e)}); pip install {kind}, or leave it out") from None
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoints, evaluations, models. Rank 0 alone writes."""
@@ -1426,6 +1426,7 @@ def train(cfg: Config, run: Run) -> int:
     eval_sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data or []]
     name, tokenizer = starting_model(cfg, run)
     if not cfg.steps:
+        run.summary()
         return 0
     queue, models = PromptQueue(problems, tokenizer, cfg), load_models(name, cfg)
     first = load_checkpoint(run, models, queue, cfg)

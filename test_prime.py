@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -668,6 +669,38 @@ def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
     assert 0 <= metrics(tmp_path / "eval")[0]["eval/sums/best_of@2"] <= 1
 
 
+def test_sft_alone_on_one_process_and_under_torchrun(sft, work, tmp_path, capsys):
+    """Rows in Eurus-2-SFT-Data's schema: the loss is that of transformers on the responses, on any number of processes."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    rng, rows = random.Random(0), tmp_path / "eurus.jsonl"
+    turns = [["".join(rng.choice("0123456789+-*=") for _ in range(rng.randrange(1, 30))) for _ in range(2)] for _ in range(18)]
+    rows.write_text("".join(json.dumps({"dataset": "x", "system": "8", "conversations": [
+        {"from": "human", "value": human}, {"from": "gpt", "value": gpt}]}) + "\n" for human, gpt in turns))
+    options = ["--model", str(work / "init"), "--sft-data", str(rows), "--steps", "0", "--sft-batch", "18", "--sft-lr", "1e-3",
+               "--template", "none", "--dtype", "float32", "--token-budget", "128", "--output"]
+    assert prime.main([*options, str(tmp_path / "one")]) == 0 and f"results: {tmp_path / 'one'}" in capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", prime.__file__]
+    done = subprocess.run([*torchrun, *options, str(tmp_path / "two")], capture_output=True, text=True, timeout=200,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == 3 and one[-1]["sft/loss"] < one[0]["sft/loss"] - 0.01
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    weights = [load_file(tmp_path / run / "sft" / "model.safetensors") for run in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(work / "init"), AutoTokenizer.from_pretrained(work / "init")
+    total = count = 0
+    for human, gpt in turns:
+        prompt, response = (tokenizer(text)["input_ids"] for text in (human, gpt))
+        labels = [-100] * len(prompt) + response + [tokenizer.eos_token_id]
+        total += model(torch.tensor([prompt + labels[len(prompt):]]), labels=torch.tensor([labels])).loss.item() * (len(response) + 1)
+        count += len(response) + 1
+    assert one[0]["sft/loss"] == pytest.approx(total / count, abs=1e-5)
+
+
 def test_first_step_of_single_minibatch_prime_equals_rloo(arguments, tmp_path):
     """With PRM = reference, all process rewards of the first batch are 0: its policy update is the outcome-only one."""
     runs = []
@@ -957,6 +990,28 @@ def test_bad_input_is_one_line_and_exit_2(options, names, arguments, tmp_path, c
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prime.py: error:")]
     assert code == 2 and len(message) == 1 and names in message[0], message
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("kind, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_trackers_get_what_metrics_jsonl_gets(kind, module, arguments, tmp_path, capsys, monkeypatch):
+    def not_logged_in(*_, **__):
+        raise RuntimeError("no key")
+
+    seen, line = [], {"step": 3, "prm/loss": 0.5}
+    writer = types.SimpleNamespace(add_scalar=lambda key, value, step: seen.append((key, value, step)))
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder: writer, init=lambda **_: None,
+                                 log=lambda figures, step: seen.extend((key, value, step) for key, value in figures.items()))
+    refusing = types.SimpleNamespace(SummaryWriter=not_logged_in, init=not_logged_in)
+    for absent in (None, refusing):
+        monkeypatch.setitem(sys.modules, module, absent)
+        assert prime.main(arguments(tmp_path / "run", "--report-to", kind)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"prime.py: error: --report-to {kind}:") and f"pip install {kind}" in error and error.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, module, fake)
+    run = prime.Run(prime.Config(output=str(tmp_path / "run"), report_to=kind))
+    run.log(line)
+    assert metrics(run.folder) == [line] and seen == [("step", 3, 3), ("prm/loss", 0.5, 3)]
 
 
 def test_a_run_folder_is_never_overwritten(arguments, tmp_path, capsys):
