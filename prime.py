@@ -272,8 +272,9 @@ def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Pro
         raise UserError(f"{where}: no prompt (a column problem, question or prompt)")
     if reference in (None, "") or task not in ("math", "code"):
         raise UserError(f"{where}: no answer (a column answer, tests or reward_model), or ability neither math nor code")
-    if not isinstance(prompt, list):
-        prompt = (f"{row['context']}\n\n" if row.get("context") else "") + str(prompt) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
+    if not isinstance(prompt, list):  # starter_code names the function that LiveCodeBench calls
+        parts = [str(part) for part in (row.get("context"), prompt, row.get("starter_code")) if part]
+        prompt = "\n\n".join(parts) + ({"math": MATH_SUFFIX, "code": CODE_SUFFIX}[task] if suffix is None else suffix)
     elif not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
         raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
     return Problem(prompt, task, reference)
@@ -1238,8 +1239,8 @@ def reporter(kind: str, folder: Path, config: dict):
         import wandb
         wandb.init(project="prime", name=folder.name, config=config)
         return wandb.log
-    except ImportError as e:
-        raise UserError(f"--report-to {kind}: pip install {kind} ({one_line(e)})") from None
+    except Exception as e:  # not installed, not logged in
+        raise UserError(f"--report-to {kind}: it does not start ({one_line(e)}); pip install {kind}, or leave it out") from None
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoints, evaluations, models. Rank 0 alone writes."""
@@ -1426,6 +1427,7 @@ def train(cfg: Config, run: Run) -> int:
     eval_sets = [Problems(name, cfg, "test", "--eval-data") for name in cfg.eval_data or []]
     name, tokenizer = starting_model(cfg, run)
     if not cfg.steps:
+        run.summary()
         return 0
     queue, models = PromptQueue(problems, tokenizer, cfg), load_models(name, cfg)
     first = load_checkpoint(run, models, queue, cfg)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -668,6 +669,38 @@ def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
     assert 0 <= metrics(tmp_path / "eval")[0]["eval/sums/best_of@2"] <= 1
 
 
+def test_sft_alone_on_one_process_and_under_torchrun(sft, work, tmp_path, capsys):
+    """Rows in Eurus-2-SFT-Data's schema: the loss is that of transformers on the responses, on any number of processes."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    rng, rows = random.Random(0), tmp_path / "eurus.jsonl"
+    turns = [["".join(rng.choice("0123456789+-*=") for _ in range(rng.randrange(1, 30))) for _ in range(2)] for _ in range(18)]
+    rows.write_text("".join(json.dumps({"dataset": "x", "system": "8", "conversations": [
+        {"from": "human", "value": human}, {"from": "gpt", "value": gpt}]}) + "\n" for human, gpt in turns))
+    options = ["--model", str(work / "init"), "--sft-data", str(rows), "--steps", "0", "--sft-batch", "18", "--sft-lr", "1e-3",
+               "--template", "none", "--dtype", "float32", "--token-budget", "128", "--output"]
+    assert prime.main([*options, str(tmp_path / "one")]) == 0 and f"results: {tmp_path / 'one'}" in capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", prime.__file__]
+    done = subprocess.run([*torchrun, *options, str(tmp_path / "two")], capture_output=True, text=True, timeout=200,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == 3 and one[-1]["sft/loss"] < one[0]["sft/loss"] - 0.01
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    weights = [load_file(tmp_path / run / "sft" / "model.safetensors") for run in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(work / "init"), AutoTokenizer.from_pretrained(work / "init")
+    total = count = 0
+    for human, gpt in turns:
+        prompt, response = (tokenizer(text)["input_ids"] for text in (human, gpt))
+        labels = [-100] * len(prompt) + response + [tokenizer.eos_token_id]
+        total += model(torch.tensor([prompt + labels[len(prompt):]]), labels=torch.tensor([labels])).loss.item() * (len(response) + 1)
+        count += len(response) + 1
+    assert one[0]["sft/loss"] == pytest.approx(total / count, abs=1e-5)
+
+
 def test_first_step_of_single_minibatch_prime_equals_rloo(arguments, tmp_path):
     """With PRM = reference, all process rewards of the first batch are 0: its policy update is the outcome-only one."""
     runs = []
@@ -772,8 +805,87 @@ def test_rows_are_understood():
     with pytest.raises(prime.UserError, match="public_test_cases"):
         row(question_content="q", public_test_cases="no")
     live = row(question_content="q", public_test_cases='[{"input": "[1]", "output": "2", "testtype": "functional"}]',
-               metadata='{"func_name": "f"}')
+               metadata='{"func_name": "f"}', starter_code="def f(x):")
     assert live.reference == {"inputs": ["[1]"], "outputs": ["2"], "fn_name": "f"}
+    assert live.prompt == "q\n\ndef f(x):" + prime.CODE_SUFFIX
+
+
+def program(body):
+    return f"So:\n```python\n{body}\n```"
+
+
+LAYOUTS = {  # the columns of the usual sets: a row, a right and a wrong response
+    "math": [
+        ({"ID": "I-1", "Problem": "q", "Solution": "long", "Answer": 204}, r"\boxed{204}", r"\boxed{205}"),  # AIME
+        ({"id": 1, "question": "q", "answer": "045", "solution": r"\boxed{045}."}, r"$\boxed{45}$", r"\boxed{0.45}"),
+        ({"id": 0, "question": "q", "answer": 7.0, "solution": None}, r"\boxed{7}", r"\boxed{70}"),  # AMC
+        ({"problem": "q", "solution": r"so \boxed{1}", "answer": r"\frac{3}{7}"}, r"\boxed{\dfrac37}", r"\boxed{1}"),  # MATH-500
+        ({"problem": "q", "expected_answer": r"(2, \frac{\pi}{4})"}, r"\boxed{(2,\frac\pi4)}", r"\boxed{(2,\pi)}"),
+        ({"problem": "q", "solution": r"so $v = \boxed{1.5e4}$ m/s"}, r"\boxed{1.5 \times 10^4}", "1.5e4"),  # Minerva
+        ({"question": "q", "context": None, "final_answer": ["$2$,$-3$"], "solution": ["s"]}, r"\boxed{-3, 2}", r"\boxed{2}"),
+        ({"question": "q", "context": "c", "final_answer": ["$n^2 + n$"]}, r"\boxed{n(n+1)}", r"\boxed{n^2}"),  # OlympiadBench
+        ({"prompt": [{"role": "user", "content": "q"}], "ability": "math",  # Eurus-2-RL-Data
+          "reward_model": {"style": "rule", "ground_truth": "12"}}, r"\boxed{12}", "12")],
+    "code": [
+        ({"title": "t", "prompt": "class Solution:",  # LeetCode
+          "test": "solution = Solution()\n\ncase = {'xs': [1, 2]}\nassert solution.total(**case) == 3\n"},
+         program("class Solution:\n    def total(self, xs: List[int]) -> int:\n        return sum(xs)"),
+         program("class Solution:\n    def total(self, xs):\n        return len(xs)")),
+        ({"prompt": "def half(n):\n", "canonical_solution": "    return n / 2\n", "entry_point": "half",  # HumanEval
+          "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(3) == 1.5\n"},
+         program("def half(n):\n    return n / 2\n"), program("def half(n):\n    return n // 2")),
+        ({"question_content": "q", "starter_code": "", "metadata": "{}",  # LiveCodeBench
+          "public_test_cases": '[{"input": "2\\n3 4\\n", "output": "7\\n", "testtype": "stdin"}]'},
+         program("n = input()\nprint(sum(map(int, input().split())))"), program("print(2)")),
+        ({"question_content": "q", "starter_code": "class Solution:", "metadata": '{"func_name": "add"}',
+          "public_test_cases": '[{"input": "[3]\\n4", "output": "[3, 4]", "testtype": "functional"}]'},
+         program("class Solution:\n    def add(self, a: List[int], b: int):\n        return a + [b]"),
+         program("def add(a, b): return a")),
+        ({"question": "q", "input_output": '{"fn_name": "f", "inputs": [[2]], "outputs": [4]}'},  # TACO
+         program("def f(x): return 2 * x"), program("def f(x): return x")),
+        ({"prompt": "q", "tests": {"inputs": ["2\n", "3\n"], "outputs": ["4\n", "6\n"]}},  # half right is wrong
+         program("print(2 * int(input()))"), program("print(4)"))]}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_gold_scores_1_and_wrong_0(kind, suffix, tmp_path, monkeypatch):
+    """Each layout through Problems, a scripted engine (right if greedy, else right and wrong by turns) and evaluate."""
+    if kind == "code" and verify.refusal():
+        missing("bubblewrap", verify.refusal())
+
+    class Bytes:
+        """A tokenizer whose tokens are bytes."""
+        def __call__(self, text, **_):
+            return {"input_ids": list(text.encode())}
+
+        def decode(self, ids, **_):
+            return bytes(ids).decode()
+
+    class Engine:
+        def generate(self, prompts, k, max_tokens, temperature, seed):
+            return ((i, list(responses[j % 2].encode()), None, False) for i in range(len(prompts)) for j in range(k))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
+    prime.setup_distributed()
+    cfg = prime.Config(template="none", eval_samples=4, output=str(tmp_path / "run"))
+    with prime.Sampler("", Bytes(), cfg) as sampler:
+        run = prime.Run(cfg)
+        for number, (row, *responses) in enumerate(LAYOUTS[kind]):
+            path = tmp_path / f"set{number}.{suffix}"
+            if suffix == "jsonl":
+                path.write_text(json.dumps(row) + "\n")
+            else:
+                pytest.importorskip("datasets").Dataset.from_list([row]).to_parquet(str(path))
+            figures = prime.evaluate(sampler, [prime.Problems(str(path), cfg)], prime.Models(), cfg, run, 0)
+            expected = {"problems": 1, "greedy": 1, "avg@4": 0.5, "pass@2": 5 / 6, "pass@4": 1}
+            for key, value in (expected | ({"majority@4": 1} if kind == "math" else {})).items():
+                assert figures[f"eval/set{number}/{key}"] == pytest.approx(value), (key, row)
+            line, = map(json.loads, open(run.folder / "eval" / f"step-0-set{number}.jsonl"))
+            assert line["greedy"][0] == {"text": responses[0], "score": 1.0} and len(line["samples"]) == 4
 
 
 def test_jsonl_lines_are_what_newlines_part(tmp_path):
@@ -878,6 +990,28 @@ def test_bad_input_is_one_line_and_exit_2(options, names, arguments, tmp_path, c
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prime.py: error:")]
     assert code == 2 and len(message) == 1 and names in message[0], message
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("kind, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_trackers_get_what_metrics_jsonl_gets(kind, module, arguments, tmp_path, capsys, monkeypatch):
+    def not_logged_in(*_, **__):
+        raise RuntimeError("no key")
+
+    seen, line = [], {"step": 3, "prm/loss": 0.5}
+    writer = types.SimpleNamespace(add_scalar=lambda key, value, step: seen.append((key, value, step)))
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder: writer, init=lambda **_: None,
+                                 log=lambda figures, step: seen.extend((key, value, step) for key, value in figures.items()))
+    refusing = types.SimpleNamespace(SummaryWriter=not_logged_in, init=not_logged_in)
+    for absent in (None, refusing):
+        monkeypatch.setitem(sys.modules, module, absent)
+        assert prime.main(arguments(tmp_path / "run", "--report-to", kind)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"prime.py: error: --report-to {kind}:") and f"pip install {kind}" in error and error.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, module, fake)
+    run = prime.Run(prime.Config(output=str(tmp_path / "run"), report_to=kind))
+    run.log(line)
+    assert metrics(run.folder) == [line] and seen == [("step", 3, 3), ("prm/loss", 0.5, 3)]
 
 
 def test_a_run_folder_is_never_overwritten(arguments, tmp_path, capsys):
