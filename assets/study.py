@@ -37,8 +37,7 @@ def read(folder):
 
 def baseline(arm):
     """The outcome-only arm of the same part of the study."""
-    part, dash, _ = arm.partition("-")
-    return f"{part}-outcome" if part in ("best", "chains") else "outcome"
+    return "-".join([*arm.split("-")[:2], "outcome"]) if arm.startswith("chains-") else "outcome"
 
 def cell(values, digits=3):
     """Mean and spread of what is there."""

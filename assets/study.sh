@@ -15,9 +15,8 @@ run() {  # SCRIPT NAME SEED OPTIONS...: a run, unless it is finished
     python "$1" --seed "$3" --output "$folder" "${@:4}" >"$folder.log" 2>&1 || echo "failed: $folder"
 }
 one() { run prime.py "$1" "$2" --model "$runs/sft-$2/sft" "${@:3}"; }
-oracle() { run assets/oracle.py "$1" "$2" --model "$runs/sft-$2/sft" --prm-probe-every 0 "${@:3}"; }
 sft() { [ -e "$runs/sft-$1/sft" ] || { rm -rf "$runs/sft-$1"; python prime.py --steps 0 --seed "$1" --output "$runs/sft-$1" >"$runs/sft-$1.log" 2>&1; }; }
-export -f run one oracle sft
+export -f run one sft
 
 arm() { for seed in $seeds; do echo "one $1 $seed ${*:2}"; done; }
 two_at_a_time() { xargs -d '\n' -P 2 -I LINE bash -c LINE; }
@@ -52,3 +51,23 @@ for lr in 2e-4 4e-4 1e-4; do
         done
     done
 done | two_at_a_time
+
+# Part 3. The headroom that an oracle finds on longer chains and under worse teachers, and what PRIME makes of it.
+chains() {  # TAG LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
+    local folder=$runs/chains-$1 seed=5
+    local options="--template none --dtype float32 --max-prompt-tokens 64 --max-response-tokens 160 --token-budget 16384 --prompt-suffix="
+    [ -e "$folder/sft/sft" ] || {
+        python assets/chains.py "$folder" "$2" $seed "$3" "$4" "$5" >/dev/null 2>&1
+        rm -rf "$folder/sft"
+        python prime.py --model "$folder/init" --sft-data "$folder/sft.jsonl" --sft-epochs 1 --sft-batch "$6" --sft-lr 3e-3 --steps 0 \
+            $options --seed $seed --output "$folder/sft" >"$folder/sft.log" 2>&1
+    }
+    options+=" --model $folder/sft/sft --data $folder/train.jsonl --eval-data $folder/test.jsonl --rollout hf --rollout-batch 512
+        --prompts-per-step 32 --minibatch 128 --prm-minibatch 128 --lr 2e-4 --prm-lr 2e-4 --steps 60 --save-every 0 --eval-every 0
+        --eval-samples 4 --eval-temperature 1.0 --max-draws 60"
+    echo run prime.py "chains-$1-outcome" $seed --reward outcome $options
+    echo run assets/oracle.py "chains-$1-oracle" $seed $options
+    echo run assets/oracle.py "chains-$1-oracle-gamma-0" $seed --gamma 0 $options
+    echo run prime.py "chains-$1-prime" $seed --prm-probe-every 5 $options
+}
+{ chains 6 6 .5 .6 .02 48; chains 12 12 .25 .6 .02 24; } | two_at_a_time
