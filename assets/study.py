@@ -37,7 +37,9 @@ def read(folder):
 
 def baseline(arm):
     """The outcome-only arm of the same part of the study."""
-    return "-".join([*arm.split("-")[:2], "outcome"]) if arm.startswith("chains-") else "outcome"
+    if arm.startswith("chains-"):
+        return "-".join([*arm.split("-")[:2], "outcome"])
+    return "best-outcome" if arm.startswith("best-") else "outcome"
 
 def cell(values, digits=3):
     """Mean and spread of what is there."""

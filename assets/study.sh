@@ -71,3 +71,30 @@ chains() {  # TAG LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, the
     echo run prime.py "chains-$1-prime" $seed --prm-probe-every 5 $options
 }
 { chains 6 6 .5 .6 .02 48; chains 12 12 .25 .6 .02 24; } | two_at_a_time
+
+# Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone, 2e-4 with process rewards (GRPO 1e-4).
+best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
+{
+    best outcome 4e-4 --reward outcome --prm-probe-every 0
+    best outcome-no-filter 4e-4 --reward outcome --no-filter --prm-probe-every 0
+    best prime 2e-4
+    for estimator in reinforce grpo ppo; do
+        best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
+        best $estimator-prime "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator
+    done
+    # which PRM scores; its role, loss, reference, granularity
+    best score-first-4 2e-4 --prm-minibatch 32 --prm-update score-first
+    best single-4 2e-4 --prm-minibatch 32
+    best double 2e-4 --prm-update double
+    best value 2e-4 --prm-role value
+    best dpo 2e-4 --prm-loss dpo
+    best ref-policy 2e-4 --prm-ref policy
+    best whole 2e-4 --granularity whole
+    best process-only 2e-4 --reward process
+    # an offline PRM: trained while the policy is held, then frozen, or kept online
+    best prm-only 2e-4 --prm-warmup-steps 20 --steps 20
+} | two_at_a_time
+for seed in $seeds; do
+    echo "one best-offline $seed --lr 2e-4 --prm $runs/best-prm-only-$seed/prm --prm-update none --prm-probe-every 5"
+    echo "one best-online-from-offline $seed --lr 2e-4 --prm $runs/best-prm-only-$seed/prm --prm-probe-every 5"
+done | two_at_a_time
