@@ -405,7 +405,7 @@ def miniature_rows(name: str, option: str = "--data") -> list[dict]:
 
 def miniature_sft_rows(seed: int, n: int = 33600, length: int = 6, wrong: float = 0.2, belief: float = 0.6,
                        slip: float = 0.05) -> list[dict]:
-    """Worked solutions of a fallible teacher: a fixed fifth of the 300 facts is wrong 60% of the time, the rest 5%."""
+    """Worked solutions of a fallible teacher: a fixed share of the 300 facts is wrong 60% of the time, the rest 5%."""
     rng, rows = random.Random(f"teacher {seed}"), []
     held_out = {row["prompt"] for name in ("miniature-val", "miniature-test") for row in miniature_rows(name)}
     facts = [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prime
 
 def write(path: Path, rows: list[dict]) -> None:
+    """A line of JSON a row."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 if __name__ == "__main__":
