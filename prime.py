@@ -38,7 +38,7 @@ from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Iterable, Iterator, Literal, Optional
+from typing import Iterable, Iterator, Literal
 
 import torch
 import torch.distributed as dist
@@ -62,12 +62,12 @@ def opt(default, text):
 @dataclass
 class DataOptions:
     _argument_group_name = "models and data"
-    model: Optional[str] = opt(None, "SFT model that all three start from: hub id or folder (paper: Eurus-2-7B-SFT)")
-    data: Optional[str] = opt(None, "RL prompts: hub id, .parquet, .jsonl or 'miniature' (paper: Eurus-2-RL-Data)")
-    eval_data: Optional[list[str]] = opt(None, "held-out sets, named like --data")
+    model: str | None = opt(None, "SFT model that all three start from: hub id or folder (paper: Eurus-2-7B-SFT)")
+    data: str | None = opt(None, "RL prompts: hub id, .parquet, .jsonl or 'miniature' (paper: Eurus-2-RL-Data)")
+    eval_data: list[str] | None = opt(None, "held-out sets, named like --data")
     template: Literal["chat", "zero", "none"] = opt("chat", "chat template; 'zero': a plain one (Sec. 5); 'none': bare text")
-    system_prompt: Optional[str] = opt(None, "system message for plain rows (chat rows hold their own)")
-    prompt_suffix: Optional[str] = opt(None, "added to plain rows (default: ask for \\boxed{} or a python block)")
+    system_prompt: str | None = opt(None, "system message for plain rows (chat rows hold their own)")
+    prompt_suffix: str | None = opt(None, "added to plain rows (default: ask for \\boxed{} or a python block)")
     max_prompt_tokens: int = opt(1024, "longer prompts are dropped and counted (official)")
     max_response_tokens: int = opt(3072, "responses are cut here (official)")
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the computation; weights and Adam stay float32 (official)")
@@ -112,7 +112,7 @@ class RewardOptions:
 @dataclass
 class PRMOptions:
     _argument_group_name = "implicit PRM (Sec. 3, 5)"
-    prm: Optional[str] = opt(None, "other initialisation of the PRM (Sec. 5); with --eval-only the PRM of best-of-N")
+    prm: str | None = opt(None, "other initialisation of the PRM (Sec. 5); with --eval-only the PRM of best-of-N")
     prm_ref: str = opt("sft", "of Eq. 3: sft, frozen, or policy, its old log-probabilities; with --eval-only a folder")
     prm_lr: float = opt(1e-6, "constant learning rate, also of PPO's critic (Sec. 4)")
     prm_grad_clip: float = opt(10.0, "largest gradient norm (official; norms near 20 are normal at first)")
@@ -137,13 +137,13 @@ class PolicyOptions:
 @dataclass
 class RunOptions:
     _argument_group_name = "run, SFT warm-up (App. D) and evaluation"
-    output: Optional[str] = opt(None, "run folder (default: runs/DATE-TIME)")
-    resume: Optional[str] = opt(None, "run folder to go on with")
+    output: str | None = opt(None, "run folder (default: runs/DATE-TIME)")
+    resume: str | None = opt(None, "run folder to go on with")
     steps: int = opt(592, "rollout steps (Table 1); 0: stop after SFT")
     seed: int = opt(42, "of prompts, sampling and shuffling")
     save_every: int = opt(16, "steps between checkpoints, 0: only the last (official)")
     report_to: Literal["none", "tensorboard", "wandb"] = opt("none", "besides metrics.jsonl")
-    sft_data: Optional[str] = opt(None, "train --model on this first: Eurus-2-SFT-Data's schema, or prompt and response")
+    sft_data: str | None = opt(None, "train --model on this first: Eurus-2-SFT-Data's schema, or prompt and response")
     sft_epochs: int = opt(3, "passes over it (App. D)")
     sft_batch: int = opt(96, "examples an update (App. D)")
     sft_lr: float = opt(1e-5, "peak learning rate: 10%% warm-up, then cosine (App. D)")
@@ -241,7 +241,7 @@ class Problem:
     task: str
     reference: object
 
-def problem_from_row(row: dict, where: str, suffix: Optional[str] = None) -> Problem:
+def problem_from_row(row: dict, where: str, suffix: str | None = None) -> Problem:
     """Understand a row in Eurus-2-RL-Data's schema, plain columns, or those of the usual benchmarks; where names it in
     the UserError raised if it has no prompt or no answer. suffix is added to plain prompts (None: the task's own)."""
     def first(*names):
@@ -570,7 +570,7 @@ class Rollout:
     index: int  # of the problem
     prompt_ids: list[int]
     ids: list[int]
-    logps: Optional[list[float]]  # None from the transformers engine, which computes as the trainer does
+    logps: list[float] | None  # None from the transformers engine, which computes as the trainer does
     truncated: bool = False
     text: str = ""
     outcome: float = 0.0
@@ -582,7 +582,7 @@ class Batch:
     prompt_lengths: list[int]
     mask: Tensor  # (B, T)
     outcomes: Tensor  # (B,)
-    engine_logps: Optional[Tensor]  # (B, T)
+    engine_logps: Tensor | None  # (B, T)
 
     @staticmethod
     def of(rollouts: list[Rollout]) -> "Batch":
@@ -628,7 +628,7 @@ def assemble(pieces: list[tuple[list[int], Tensor]], batch: Batch) -> Tensor:
     return whole.masked_fill(batch.mask == 0, 0.0)
 
 @torch.no_grad()
-def score(model: TokenModel, batch: Batch, cfg: Config, minibatch: Optional[int] = None, temperature: float = 1.0) -> Tensor:
+def score(model: TokenModel, batch: Batch, cfg: Config, minibatch: int | None = None, temperature: float = 1.0) -> Tensor:
     """token_values of the whole batch without gradients: (B, T), on every rank. It is cut as a training pass with this
     minibatch would cut it, so that equal weights give equal numbers."""
     pieces = [(mine, token_values(model, batch, mine, temperature))
@@ -665,10 +665,10 @@ class Learner:
 @dataclass
 class Models:
     """What train updates, and the frozen reference; None where the options need none."""
-    policy: Optional[Learner] = None
-    prm: Optional[Learner] = None
-    critic: Optional[Learner] = None
-    ref: Optional[TokenModel] = None
+    policy: Learner | None = None
+    prm: Learner | None = None
+    critic: Learner | None = None
+    ref: TokenModel | None = None
 
 def load_models(name: str, cfg: Config) -> Models:
     """Policy, PRM and reference, all from the model called name (Alg. 1), and PPO's critic."""
@@ -811,7 +811,7 @@ class Sampler:
         self.engine.close()
 
     @contextlib.contextmanager
-    def awake(self, policy: Optional[Learner]):
+    def awake(self, policy: Learner | None):
         """The engine awake with the policy's weights, asleep afterwards; without a policy it stays as it was built."""
         if policy:
             self.engine.sync(full_weights(policy.model, getattr(torch, self.cfg.dtype)))
@@ -820,7 +820,7 @@ class Sampler:
             self.engine.sleep()
 
     def sample(self, problems: Problems, prompts: list[tuple[int, list[int]]], k: int, temperature: float, seed: str,
-               bar: Optional[tqdm] = None) -> list[list[Rollout]]:
+               bar: tqdm | None = None) -> list[list[Rollout]]:
         """K verified rollouts of each (problem index, token ids), in the order given, on every rank. The prompts are dealt
         over the ranks; a response goes to the verifier while others are still being generated."""
         rank, world, cfg = dist.get_rank(), dist.get_world_size(), self.cfg
@@ -890,7 +890,7 @@ def implicit_rewards(prm_logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: f
     """r_phi(y_t) = beta * log(pi_phi(y_t | y_<t) / pi_ref(y_t | y_<t)), Eq. 3. All (B, T); zero outside the mask."""
     return beta * (prm_logps - ref_logps) * mask
 
-def prm_loss(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, denominator: Optional[float] = None) -> Tensor:
+def prm_loss(process_rewards: Tensor, outcomes: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
     """Cross-entropy of sigma(R_phi(y)), R_phi = sum_t r_phi(y_t), on outcomes (B,) in [0, 1]: (B, T) -> ().
     denominator: responses of the global minibatch (default: of this call), so that micro-batches add up to its mean."""
     logits = (process_rewards * mask).sum(-1)
@@ -920,8 +920,7 @@ def prm_metrics(sequence_rewards: Tensor, outcomes: Tensor, group_size: int) -> 
             "pair_accuracy": ordered(r[:, :, None], r[:, None, :], o[:, :, None] > o[:, None, :]),
             "accuracy": float(((sequence_rewards > 0) == right).float().mean()), "majority": max(share, 1 - share)}
 
-def score_and_update_prm(prm: Optional[Learner], ref_logps: Optional[Tensor], batch: Batch,
-                         cfg: Config) -> tuple[Optional[Tensor], dict]:
+def score_and_update_prm(prm: Learner | None, ref_logps: Tensor | None, batch: Batch, cfg: Config) -> tuple[Tensor | None, dict]:
     """The batch's process rewards (B, T), detached, the PRM's updates on its outcomes, and metrics; None without a PRM.
     --prm-update says which PRM scores a response: single, the forward of its own training minibatch (as published);
     score-first, the PRM before any update; double, the PRM after all; none, a PRM that is never updated."""
@@ -1022,8 +1021,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 ESTIMATORS = {"rloo": rloo_advantages, "reinforce": reinforce_advantages, "grpo": grpo_advantages}
 
-def estimate_advantages(process_rewards: Optional[Tensor], batch: Batch, cfg: Config,
-                        values: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
+def estimate_advantages(process_rewards: Tensor | None, batch: Batch, cfg: Config,
+                        values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The advantages (B, T) that the options ask for, and the targets (B, T) of PPO's critic, whose values (B, T) are
     given. process_rewards (B, T): None without a PRM."""
     mask, outcomes, targets, none = batch.mask, batch.outcomes, None, torch.zeros_like(batch.mask)
@@ -1056,7 +1055,7 @@ def estimate_advantages(process_rewards: Optional[Tensor], batch: Batch, cfg: Co
 # Policy loss and update (Eq. 6).
 
 def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float,
-             denominator: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+             denominator: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """-sum min(rho A, clip(rho, 1-eps, 1+eps) A) / denominator, Eq. 6: all (B, T) -> loss and clip fraction, both ().
     denominator: tokens of the global minibatch (default: of this call). mask may hold weights in place of ones."""
     denominator = mask.sum() if denominator is None else denominator
@@ -1064,7 +1063,7 @@ def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -(torch.min(plain, clipped) * mask).sum() / denominator, ((clipped < plain) * mask).sum() / denominator
 
-def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: Optional[Tensor], cfg: Config, step: int) -> dict:
+def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: Tensor | None, cfg: Config, step: int) -> dict:
     """PPO's clipped updates over shuffled minibatches of whole responses; returns metrics.
     old_logps (B, T): None where one update a batch makes the first forward's own log-probabilities the old ones."""
     weights = batch.mask / batch.mask.sum(-1, keepdim=True) if cfg.loss_average == "sequence" else batch.mask
@@ -1096,7 +1095,7 @@ def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: 
         metrics |= {"rollout/engine_gap": float(gap.sum() / batch.mask.sum()), "rollout/engine_gap_max": float(gap.max())}
     return metrics
 
-def update_critic(critic: Optional[Learner], batch: Batch, targets: Optional[Tensor], cfg: Config) -> dict:
+def update_critic(critic: Learner | None, batch: Batch, targets: Tensor | None, cfg: Config) -> dict:
     """PPO's critic: half the squared error of V(y_<t) against targets (B, T), in minibatches of the policy's size."""
     losses = [critic.update(batch, rows, cfg, lambda values, mine: (
         0.5 * (values - targets[mine]) ** 2 * batch.mask[mine]).sum() / batch.mask[rows].sum())[0]
@@ -1405,7 +1404,7 @@ def starting_model(cfg: Config, run: Run) -> tuple[str, object]:
         train_sft(name, tokenizer, cfg, run)
     return str(run.folder / "sft") if cfg.sft_data else name, tokenizer
 
-def first_logps(models: Models, batch: Batch, cfg: Config) -> tuple[Optional[Tensor], Optional[Tensor]]:
+def first_logps(models: Models, batch: Batch, cfg: Config) -> tuple[Tensor | None, Tensor | None]:
     """old_logps and ref_logps, both (B, T); None where nothing needs them before the policy's own forward pass."""
     if models.prm and not models.ref:  # --prm-ref policy: one forward pass serves both
         logps = score(models.policy.model, batch, cfg, cfg.prm_minibatch)
@@ -1511,7 +1510,7 @@ def parse_args(argv: list[str]) -> Config:
     cfg.output = given.resume or cfg.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return cfg
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     rank, world, run = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), None
     try:
