@@ -692,15 +692,16 @@ class HFEngine:
         self.lm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0])  # no top-k of its own
         self.stop_ids, self.batch = stop_ids, cfg.rollout_batch
 
-    @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take the policy's weights."""
         own = dict(self.lm.named_parameters())
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            own[name].data = tensor
 
     def sleep(self) -> None:
-        """Nothing to free."""
+        """Give their memory to training; each sync sends them anyway."""
+        for p in self.lm.parameters():
+            p.data = p.data.new_empty(0)
 
     close = sleep
 

@@ -12,7 +12,10 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    argparse.ArgumentParser().exit(2, "plot.py: pip install matplotlib\n")
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 MARKERS = ("o-", "s--", "^:", "D-.")  # of the held-out metrics, which share a panel

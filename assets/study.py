@@ -4,9 +4,10 @@ prints the grid of learning rates and a table with a row an arm."""
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 COLUMNS = ("arm", "seed", "avg4_start", "avg4_end", "greedy_end", "accuracy_end", "accuracy_swing", "steps_to_outcome_only",
            "prm_auc_start", "prm_auc_end", "pair_accuracy_end", "seconds_rollout", "seconds_ref", "seconds_prm",
@@ -32,13 +33,13 @@ def read(folder):
     if samples:
         row |= {"avg4_start": first[samples], "avg4_end": last[samples], "greedy_end": last[samples.replace("avg@4", "greedy")]}
     for phase in ("rollout", "ref", "prm", "policy", "step"):
-        row["seconds_" + phase] = fmean(step["time/" + phase] for step in steps)
+        row["seconds_" + phase] = median(step["time/" + phase] for step in steps)
     return row, steps
 
 def baseline(arm):
     """The outcome-only arm of the same part of the study."""
     if arm.startswith("chains-"):
-        return "-".join([*arm.split("-")[:2], "outcome"])
+        return re.match(r"chains-\d+(-p128)?-", arm)[0] + "outcome"
     return "best-outcome" if arm.startswith("best-") else "outcome"
 
 def cell(values, digits=3):
@@ -58,6 +59,8 @@ def main():
     """Write the files and print the tables."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/study")
     found = [read(path.parent) for path in sorted(root.glob("*/policy"))]
+    if not found:
+        sys.exit(f"study.py: no finished run in {root}: bash assets/study.sh makes them")
     ends = {(row["arm"], row["seed"]): row["accuracy_end"] for row, _ in found}
     arms, curves = {}, []
     for row, steps in found:  # the first step that is as good as the outcome-only run at its end, on the same seed

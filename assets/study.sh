@@ -42,42 +42,63 @@ for seed in $seeds 5 6; do echo "sft $seed"; done | two_at_a_time
     arm no-filter --no-filter
 } | two_at_a_time
 
-# Part 2. Each estimator's learning rate, from one grid, on two seeds that are not reported and on miniature-val.
+# Part 2. Each estimator's learning rate, from one grid, on two seeds that are not reported and on miniature-val; process
+# rewards as the official code divides them and, where that matters, as the paper's text has them.
+grid() { seeds="5 6" arm "grid-$1-$2-$3" --estimator "$1" --lr "$3" --eval-data miniature-val --prm-probe-every 0 "${@:4}"; }
 for lr in 2e-4 4e-4 1e-4; do
     for estimator in rloo grpo reinforce ppo; do
-        for reward in outcome prime; do
-            seeds="5 6"; arm grid-$estimator-$reward-$lr --estimator $estimator --reward $reward --lr $lr \
-                --eval-data miniature-val --prm-probe-every 0
-        done
+        grid $estimator outcome $lr --reward outcome
+        grid $estimator prime $lr
     done
 done | two_at_a_time
+for lr in 2e-4 4e-4; do
+    for estimator in rloo reinforce ppo; do grid $estimator prime-no-normalize $lr --no-normalize; done
+    grid rloo prime-gamma-0 $lr --gamma 0
+done | two_at_a_time
+for weight in 0.1 0.3; do grid rloo prime-weight-$weight 4e-4 --process-weight $weight; done | two_at_a_time
 
-# Part 3. The headroom that an oracle finds on longer chains and under worse teachers, and what PRIME makes of it.
-chains() {  # TAG LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
-    local folder=$runs/chains-$1 seed=5
+# Part 3. Longer chains and worse teachers: how much sooner an oracle reaches what outcomes alone reach, and what PRIME makes of it.
+chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
+    local folder=$runs/chains-$1-$2 seed=$2
     local options="--template none --dtype float32 --max-prompt-tokens 64 --max-response-tokens 160 --token-budget 16384 --prompt-suffix="
     [ -e "$folder/sft/sft" ] || {
-        python assets/chains.py "$folder" "$2" $seed "$3" "$4" "$5" >/dev/null 2>&1
+        python assets/chains.py "$folder" "$3" "$seed" "$4" "$5" "$6" >/dev/null 2>&1
         rm -rf "$folder/sft"
-        python prime.py --model "$folder/init" --sft-data "$folder/sft.jsonl" --sft-epochs 1 --sft-batch "$6" --sft-lr 3e-3 --steps 0 \
-            $options --seed $seed --output "$folder/sft" >"$folder/sft.log" 2>&1
+        python prime.py --model "$folder/init" --sft-data "$folder/sft.jsonl" --sft-epochs 1 --sft-batch "$7" --sft-lr 3e-3 --steps 0 \
+            $options --seed "$seed" --output "$folder/sft" >"$folder/sft.log" 2>&1
     }
     options+=" --model $folder/sft/sft --data $folder/train.jsonl --eval-data $folder/test.jsonl --rollout hf --rollout-batch 512
         --prompts-per-step 32 --minibatch 128 --prm-minibatch 128 --lr 2e-4 --prm-lr 2e-4 --steps 60 --save-every 0 --eval-every 0
         --eval-samples 4 --eval-temperature 1.0 --max-draws 60"
-    echo run prime.py "chains-$1-outcome" $seed --reward outcome $options
-    echo run assets/oracle.py "chains-$1-oracle" $seed $options
-    echo run assets/oracle.py "chains-$1-oracle-gamma-0" $seed --gamma 0 $options
-    echo run prime.py "chains-$1-prime" $seed --prm-probe-every 5 $options
+    run prime.py "chains-$1-outcome" "$seed" $options --reward outcome
+    run assets/oracle.py "chains-$1-oracle-gamma-0" "$seed" $options --gamma 0
+    [ "$seed" = 5 ] && run assets/oracle.py "chains-$1-oracle" 5 $options
+    [ "$1" = 12 ] || return 0
+    options+=" --prm-probe-every 5"
+    run prime.py chains-12-prime-no-normalize "$seed" $options --no-normalize
+    [ "$seed" = 5 ] || return 0  # looks at one seed: slower and trained PRMs, larger batches
+    run prime.py chains-12-prime-prmlr5e-5 5 $options --prm-lr 5e-5
+    run prime.py chains-12-prm-only 5 $options --prm-warmup-steps 80 --steps 80
+    run prime.py chains-12-prime-from-prm-nn 5 $options --prm "$runs/chains-12-prm-only-5/prm" --prm-lr 5e-5 --no-normalize
+    options+=" --prompts-per-step 128 --steps 30 --lr 1e-4"  # four updates a step
+    run prime.py chains-12-p128-outcome 5 $options --reward outcome
+    run prime.py chains-12-p128-prime 5 $options --no-normalize
+    run assets/oracle.py chains-12-p128-oracle-gamma-0 5 $options --gamma 0
 }
-{ chains 6 6 .5 .6 .02 48; chains 12 12 .25 .6 .02 24; } | two_at_a_time
+export -f chains
+{
+    for seed in 5 $seeds; do echo chains 12 "$seed" 12 .25 .6 .02 24; done
+    echo chains 6 5 6 .5 .6 .02 48
+} | two_at_a_time
 
-# Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone, 2e-4 with process rewards (GRPO 1e-4).
+# Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone and for process rewards that are
+# not normalised, 2e-4 for those that are (GRPO 1e-4).
 best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 {
     best outcome 4e-4 --reward outcome --prm-probe-every 0
-    best outcome-no-filter 4e-4 --reward outcome --no-filter --prm-probe-every 0
     best prime 2e-4
+    best prime-no-normalize 4e-4 --no-normalize
+    best outcome-no-filter 4e-4 --reward outcome --no-filter --prm-probe-every 0
     for estimator in reinforce grpo ppo; do
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
         best $estimator-prime "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator
@@ -97,4 +118,7 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 for seed in $seeds; do
     echo "one best-offline $seed --lr 2e-4 --prm $runs/best-prm-only-$seed/prm --prm-update none --prm-probe-every 5"
     echo "one best-online-from-offline $seed --lr 2e-4 --prm $runs/best-prm-only-$seed/prm --prm-probe-every 5"
+    for gamma in 1 0; do
+        echo "run assets/oracle.py best-oracle$([ $gamma = 0 ] && echo -gamma-0) $seed --model $runs/sft-$seed/sft --lr 4e-4 --gamma $gamma"
+    done
 done | two_at_a_time
