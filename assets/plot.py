@@ -51,8 +51,7 @@ def pool(folders: list[Path]):
         pools.setdefault(options, []).append((str(folder), series))
     for options, runs in pools.items():
         label = ", ".join(f"{key} {value}" for key, value in options if any((key, value) not in o for o in pools))
-        label = (label if 0 < len(label) <= 60 else runs[0][0]) + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-        yield label, [series for _, series in runs]
+        yield label if 0 < len(label) <= 60 else runs[0][0], [series for _, series in runs]
 
 def choose_panels(runs: list[dict]) -> dict[str, list[str]]:
     """The keys of each panel, under its title."""
@@ -82,8 +81,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of prime.py")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture (default: %(default)s)")
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="metrics to draw, not the usual ones")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="names of the pools, in the order drawn")
     args = parser.parse_args()
     pools = list(pool(list({folder.resolve(): folder for folder in args.runs}.values())))
+    labels = args.labels or [label for label, _ in pools]
+    if len(labels) != len(pools):
+        fail(f"--labels: {len(pools)} are needed, for {'; '.join(label for label, _ in pools)}")
+    pools = [(label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), runs) for label, (_, runs) in zip(labels, pools)]
     everything = [series for _, runs in pools for series in runs]
     panels = {key: [key] for key in args.keys} if args.keys else choose_panels(everything)
     present = sorted(set().union(*everything))
