@@ -35,6 +35,7 @@ for seed in $seeds 5 6; do echo "sft $seed"; done | two_at_a_time
     arm sequence-mean --loss-average sequence
     arm prm-clip-1 --prm-grad-clip 1
     arm four-updates --minibatch 32 --prm-minibatch 32
+    arm four-updates-outcome --minibatch 32 --reward outcome
     arm double --prm-update double
     arm no-last-token --no-last-token
     arm drop-truncated --drop-truncated
@@ -75,8 +76,9 @@ chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model
     [ "$seed" = 5 ] && run assets/oracle.py "chains-$1-oracle" 5 $options
     [ "$1" = 12 ] || return 0
     options+=" --prm-probe-every 5"
-    run prime.py chains-12-prime-no-normalize "$seed" $options --no-normalize
-    [ "$seed" = 5 ] || return 0  # looks at one seed: slower and trained PRMs, larger batches
+    run prime.py chains-12-prime-nn-prmlr5e-5 "$seed" $options --no-normalize --prm-lr 5e-5
+    [ "$seed" = 5 ] || return 0  # looks at one seed: other rates and normalisation, trained PRMs, larger batches
+    run prime.py chains-12-prime-no-normalize 5 $options --no-normalize
     run prime.py chains-12-prime-prmlr5e-5 5 $options --prm-lr 5e-5
     run prime.py chains-12-prm-only 5 $options --prm-warmup-steps 80 --steps 80
     run prime.py chains-12-prime-from-prm-nn 5 $options --prm "$runs/chains-12-prm-only-5/prm" --prm-lr 5e-5 --no-normalize
