@@ -396,6 +396,10 @@ def miniature_solution(question: str, fact=lambda a, op, b, right: right) -> lis
         value = result
     return steps
 
+def miniature_response(steps: list[str]) -> str:
+    """The worked response that writes these steps."""
+    return ",".join(steps) + f",\\boxed{{{steps[-1][-1]}}}"
+
 def miniature_rows(name: str, option: str = "--data") -> list[dict]:
     """The problems of one of MINIATURE_SETS, which are disjoint."""
     if name not in MINIATURE_SETS:
@@ -405,7 +409,8 @@ def miniature_rows(name: str, option: str = "--data") -> list[dict]:
 
 def miniature_sft_rows(seed: int, n: int = 33600, length: int = 6, wrong: float = 0.2, belief: float = 0.6,
                        slip: float = 0.05) -> list[dict]:
-    """Worked solutions of a fallible teacher: a fixed share of the 300 facts is wrong 60% of the time, the rest 5%."""
+    """Worked solutions of a fallible teacher, who writes a fixed share `wrong` of the 300 facts wrongly with probability
+    `belief`, and slips elsewhere with probability `slip`."""
     rng, rows = random.Random(f"teacher {seed}"), []
     held_out = {row["prompt"] for name in ("miniature-val", "miniature-test") for row in miniature_rows(name)}
     facts = [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]
@@ -417,9 +422,9 @@ def miniature_sft_rows(seed: int, n: int = 33600, length: int = 6, wrong: float 
         return rng.randrange(10) if rng.random() < slip else right
 
     for question in itertools.islice(miniature_questions(f"sft {seed}", length), n):
-        steps = miniature_solution(question, fact)
+        response = miniature_response(miniature_solution(question, fact))
         if question not in held_out:
-            rows.append({"prompt": question, "response": ",".join(steps) + f",\\boxed{{{steps[-1][-1]}}}"})
+            rows.append({"prompt": question, "response": response})
     return rows
 
 def make_miniature_model(folder: Path, seed: int) -> None:

@@ -16,8 +16,8 @@ def oracle_rewards(batch: prime.Batch, tokenizer) -> torch.Tensor:
     """(B, T) process rewards of responses to chains of operations."""
     rewards = torch.zeros_like(batch.mask)
     for row, tokens, length in zip(rewards, batch.tokens, batch.prompt_lengths):
-        steps = prime.miniature_solution(tokenizer.decode(tokens[:length]))
-        right = tokenizer(",".join(steps) + f",\\boxed{{{steps[-1][-1]}}}")["input_ids"] + [tokenizer.eos_token_id]
+        response = prime.miniature_response(prime.miniature_solution(tokenizer.decode(tokens[:length])))
+        right = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
         wrong = [t for t, pair in enumerate(zip(tokens[length:].tolist(), right)) if pair[0] != pair[1]]
         if wrong:
             row[wrong[0]] = -1.0

@@ -12,11 +12,6 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    argparse.ArgumentParser().exit(2, "plot.py: pip install matplotlib\n")
-
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 MARKERS = ("o-", "s--", "^:", "D-.")  # of the held-out metrics, which share a panel
 
@@ -83,6 +78,10 @@ def main() -> None:
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="metrics to draw, not the usual ones")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="names of the pools, in the order drawn")
     args = parser.parse_args()
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        fail("pip install matplotlib")
     pools = list(pool(list({folder.resolve(): folder for folder in args.runs}.values())))
     labels = args.labels or [label for label, _ in pools]
     if len(labels) != len(pools):

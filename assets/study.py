@@ -20,7 +20,7 @@ def smooth(steps, key):
     return [fmean(window) if window else None for window in windows]
 
 def read(folder):
-    """A finished run: its row without the comparison, and its steps."""
+    """A finished run: its row without the comparison, its steps, and its smoothed accuracy on fresh problems."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, first, last = [line for line in lines if line.get("step", 0) > 0], lines[0], lines[-1]
     accuracy, auc = smooth(steps, "rollout/accuracy"), smooth(steps, "prm/all_auc")
@@ -34,7 +34,7 @@ def read(folder):
         row |= {"avg4_start": first[samples], "avg4_end": last[samples], "greedy_end": last[samples.replace("avg@4", "greedy")]}
     for phase in ("rollout", "ref", "prm", "policy", "step"):
         row["seconds_" + phase] = median(step["time/" + phase] for step in steps)
-    return row, steps
+    return row, steps, accuracy
 
 def baseline(arm):
     """The outcome-only arm of the same part of the study."""
@@ -44,11 +44,11 @@ def baseline(arm):
         return "four-updates-outcome"
     return "best-outcome" if arm.startswith("best-") else "outcome"
 
-def cell(values, digits=3):
+def cell(values):
     """Mean and spread of what is there."""
     values = [value for value in values if value is not None]
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}" if values else "-"
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{spread}" if values else "-"
 
 def write(name, columns, rows):
     """A file of comma-separated values beside this one."""
@@ -63,37 +63,32 @@ def main():
     found = [read(path.parent) for path in sorted(root.glob("*/policy"))]
     if not found:
         sys.exit(f"study.py: no finished run in {root}: bash assets/study.sh makes them")
-    ends = {(row["arm"], row["seed"]): row["accuracy_end"] for row, _ in found}
-    arms, curves = {}, []
-    for row, steps in found:  # the first step that is as good as the outcome-only run at its end, on the same seed
+    ends = {(row["arm"], row["seed"]): row["accuracy_end"] for row, _, _ in found}
+    grid, arms, curves = {}, {}, []
+    for row, steps, accuracy in found:  # the first step that is as good as the outcome-only run at its end, on the same seed
         goal = ends.get((baseline(row["arm"]), row["seed"]), 2.0)
-        accuracy = enumerate(smooth(steps, "rollout/accuracy"), 1)
-        row["steps_to_outcome_only"] = next((step for step, value in accuracy if step > 4 and value >= goal), None)
-        arms.setdefault(row["arm"], []).append((row, steps))
+        row["steps_to_outcome_only"] = next((step for step, value in enumerate(accuracy, 1) if step > 4 and value >= goal), None)
+        (grid if row["arm"].startswith("grid-") else arms).setdefault(row["arm"], []).append((row, steps))
     for arm, runs in arms.items():
-        if arm.startswith("grid-"):
-            continue
         for step in range(max(len(steps) for _, steps in runs)):
             at = [steps[step] for _, steps in runs if step < len(steps)]
             values = {name: [s[key] for s in at if key in s] for name, key in (("accuracy", "rollout/accuracy"), ("prm_auc", "prm/all_auc"))}
             curves.append({"arm": arm, "step": step + 1, "seeds": len(at)} | {name: fmean(v) for name, v in values.items() if v}
                           | {name + "_sd": stdev(v) for name, v in values.items() if len(v) > 1})
-    write("study.csv", COLUMNS, (row for row, _ in found))
+    write("study.csv", COLUMNS, (row for row, _, _ in found))
     write("curves.csv", CURVES, curves)
     print("grid of learning rates: avg@4 on miniature-val")
-    for arm, runs in arms.items():
-        if arm.startswith("grid-"):
-            print(f"{arm[5:]:28} {cell([row['avg4_end'] for row, _ in runs])}")
+    for arm, runs in grid.items():
+        print(f"{arm[5:]:28} {cell([row['avg4_end'] for row, _ in runs])}")
     print("| arm | seeds | avg@4 | greedy | steps to outcome-only's end | PRM AUC, step 10 | at the end | s a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for arm, runs in arms.items():
         rows = [row for row, _ in runs]
         reached = [row["steps_to_outcome_only"] for row in rows if row["steps_to_outcome_only"]]
         steps = f"{fmean(reached):.0f} ({len(reached)} of {len(rows)})" if reached else "never"
-        if not arm.startswith("grid-"):
-            print(f"| {arm} | {len(rows)} | {cell([r.get('avg4_end') for r in rows])} | {cell([r.get('greedy_end') for r in rows])} | {steps} | "
-                  f"{cell([r['prm_auc_start'] for r in rows])} | {cell([r['prm_auc_end'] for r in rows])} | "
-                  f"{fmean(r['seconds_step'] for r in rows):.2f} |")
+        print(f"| {arm} | {len(rows)} | {cell([r.get('avg4_end') for r in rows])} | {cell([r.get('greedy_end') for r in rows])} | {steps} | "
+              f"{cell([r['prm_auc_start'] for r in rows])} | {cell([r['prm_auc_end'] for r in rows])} | "
+              f"{fmean(r['seconds_step'] for r in rows):.2f} |")
 
 if __name__ == "__main__":
     main()
