@@ -730,6 +730,7 @@ class VLLMEngine:
 
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: weights pass by reference, no process is left over
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else a screenful at each sync
         self.cuda, self.asleep = torch.cuda.is_available(), False
         launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         try:
@@ -741,12 +742,12 @@ class VLLMEngine:
         except (ImportError, ValueError, RuntimeError) as e:
             raise UserError(f"--rollout vllm: the engine does not start ({one_line(e)}); pip install vllm, another "
                             "--vllm-memory, or --rollout hf") from None
+        self.llm.llm_engine.engine_core._finalizer.atexit = False  # after a failure: see Sampler.__exit__
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Wake, and take the policy's weights."""
         if self.asleep:
-            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.cuda:  # the CPU build computes with a packed copy of a tied head, which the reload leaves stale
@@ -764,11 +765,14 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Shut the engine down; this also ends torch.distributed, so it comes last."""
+        if self.asleep:  # its memory cannot be freed then
+            self.llm.wake_up()
         self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
         """As HFEngine.generate."""
-        torch.manual_seed(seed)  # the engine draws from this process's default generators
+        from transformers import set_seed
+        set_seed(seed)  # the engine draws from this process's generators: numpy's on a GPU, torch's on a CPU
         engine, params = self.llm.llm_engine, self.params(temperature=temperature, max_tokens=max_tokens)
         for i, prompt in enumerate(prompts):
             for j in range(k):
@@ -814,7 +818,8 @@ class Sampler:
 
     def __exit__(self, *error):
         self.verifier.__exit__(*error)
-        self.engine.close()
+        if not any(error):  # on one rank's failure the others, deep in a step, take no part in ending the groups
+            self.engine.close()
 
     @contextlib.contextmanager
     def awake(self, policy: Learner | None):

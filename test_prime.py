@@ -937,6 +937,18 @@ def test_queue_order_and_long_prompts(loaded, data, tmp_path):
     assert [i for i, _ in queue.draw(3)] == [0, 0, 0] and queue.state["too_long"] >= 2
 
 
+def test_a_failed_rank_does_not_wait_to_close_its_engine(loaded, monkeypatch):
+    """Closing vLLM's engine ends process groups, in which ranks that have not failed take no part."""
+    closed, cfg = [], loaded[0]
+    monkeypatch.setattr(prime, "make_engine", lambda *_: type("Engine", (), {"close": lambda self: closed.append(True)})())
+    with pytest.raises(RuntimeError), prime.Sampler("", None, cfg):
+        raise RuntimeError("out of memory")
+    assert not closed
+    with prime.Sampler("", None, cfg):
+        pass
+    assert closed
+
+
 def test_collecting_accepts_in_order_and_returns_surplus(loaded, data):
     cfg, _, tokenizer = loaded
     cfg = dataclasses.replace(cfg, prompt_suffix="", prompts_per_step=4)
@@ -1108,6 +1120,7 @@ EQUAL = {
                  (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}\begin{pmatrix}5\\6\end{pmatrix}", "(17,39)"),
                  (r"A^{-1}=\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
                  (r"\begin{pmatrix}1&1\\0&1\end{pmatrix}^2", r"\begin{pmatrix}1&2\\0&1\end{pmatrix}"),
+                 (r"\left|\begin{matrix}1&2\\3&x\end{matrix}\right|", "x-6"), (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
                  (r"t\begin{pmatrix}1\\\sqrt2\end{pmatrix}", r"\begin{pmatrix}t\\\frac{2t}{\sqrt2}\end{pmatrix}")],
     "relations": [("x > 7", "7 < x"), ("2x > 6", "x > 3"), ("y = 3x - 1", "6x - 2y = 2"), ("x=y", "y=x"),
                   (r"x \neq 2", "x != 2")],
@@ -1133,6 +1146,7 @@ DIFFERENT = {
                    (r"\begin{pmatrix}0&0\\0&0\end{pmatrix}", "0"), (r"2\begin{pmatrix}1&2\end{pmatrix}", "6"),
                    (r"A+B=\begin{pmatrix}1&2\end{pmatrix}", r"A+B=\begin{pmatrix}2&1\end{pmatrix}"),
                    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                   (r"\left|\begin{matrix}1&2\\3&4\end{matrix}\right|", r"\begin{matrix}1&2\\3&4\end{matrix}"),
                    (r"\begin{pmatrix}1&2\end{pmatrix}^2", r"\begin{pmatrix}1&4\end{pmatrix}"),
                    ("(1,2)", r"(1,2)\cup(3,4)"), ("(2,1)", "1<x<2"), ("x>1", "y>1"),
                    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("1:2:3", "1:3:2")],

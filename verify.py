@@ -87,6 +87,7 @@ REWRITES = (  # patterns and what takes their place, in this order
      lambda match: re.sub("[A-Za-z]+", r' "\g<0>', match[1])),
     (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|[|:])", r"\\{"),  # {x | condition}
     (r"\\mathbb\s*\{?R\}?", "(-∞,∞)"),
+    (r"\\begin\s*\{vmatrix\}(.*?)\\end\s*\{vmatrix\}", r"|\\begin{matrix}\1\\end{matrix}|"),
     (r"\\(begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\}(?:\s*\{[clr| ]*\})?", r"\\\1 "),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"(?<=[0-9])\s*m(?=[²³])", ' "m'),
@@ -353,7 +354,8 @@ def _same_symbolically(left, right) -> bool:
     number = sympy.Integer(1).__mul__  # of fractions
     scope = {**vars(sympy), **EXACT, "^": lambda base, exponent: _power(base, exponent, number)}
     scope |= {name: sympy.Symbol(name, positive=True) for name in _names(left) | _names(right)}
-    scope |= {"e": sympy.E, "π": sympy.pi, "i": sympy.I, "matrix": lambda *rows: sympy.Matrix(rows), "row": sympy.Tuple}
+    scope |= {"e": sympy.E, "π": sympy.pi, "i": sympy.I, "row": sympy.Tuple, "matrix": lambda *rows: sympy.Matrix(rows)}
+    scope["abs"] = lambda value: value.det("berkowitz") if isinstance(value, sympy.MatrixBase) else abs(value)
     try:
         differences = list(sympy.Matrix([_evaluate(left, scope)]) - sympy.Matrix([_evaluate(right, scope)]))
         if not any(cell.free_symbols for cell in differences):
@@ -456,7 +458,7 @@ def math_equal(prediction: str, gold: str) -> bool:
     prediction, gold = prediction.strip(), gold.strip()
     if prediction == gold or max(len(prediction), len(gold)) > MAX_LENGTH:
         return prediction == gold != ""
-    for first_reading in (True, False) if AMBIGUOUS.search(prediction + " " + gold) else (True,):
+    for first_reading in (True, False) if AMBIGUOUS.search(f"{prediction}\n{gold}") else (True,):
         sides = _tokens(prediction, first_reading), _tokens(gold, first_reading)
         words = ["".join(tokens[:-1]).replace("unit ", "") for tokens in sides]
         words = [word[:1].lower() + word[1:] for word in words]
