@@ -38,11 +38,11 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 
 def pool(folders: list[Path]):
     """Yield labels (a folder where many options differ), each with the series of the runs of equal options."""
-    pools = {}
-    for folder in folders:
-        config, series = read_run(folder)
+    pools, runs = {}, [(folder, *read_run(folder)) for folder in folders]
+    keys = set.intersection(*(set(config) for _, config, _ in runs)) - set(IGNORED)  # older runs lack newer options
+    for folder, config, series in runs:
         paths = {key: str(config[key]).replace(f"-{config['seed']}/", "-SEED/") for key in ("model", "prm", "prm_ref")}
-        options = tuple((key, str(value)) for key, value in sorted((config | paths).items()) if key not in IGNORED)
+        options = tuple((key, str(value)) for key, value in sorted((config | paths).items()) if key in keys)
         pools.setdefault(options, []).append((str(folder), series))
     for options, runs in pools.items():
         label = ", ".join(f"{key} {value}" for key, value in options if any((key, value) not in o for o in pools))

@@ -11,7 +11,7 @@ from statistics import fmean, median, stdev
 
 COLUMNS = ("arm", "seed", "avg4_start", "avg4_end", "greedy_end", "accuracy_end", "accuracy_swing", "steps_to_outcome_only",
            "prm_auc_start", "prm_auc_end", "pair_accuracy_end", "seconds_rollout", "seconds_ref", "seconds_prm",
-           "seconds_policy", "seconds_step")
+           "seconds_critic", "seconds_policy", "seconds_step")
 CURVES = ("arm", "step", "seeds", "accuracy", "accuracy_sd", "prm_auc", "prm_auc_sd")
 
 def smooth(steps, key):
@@ -32,8 +32,8 @@ def read(folder):
     row["accuracy_swing"] = stdev(swings) if len(swings) > 1 else None
     if samples:
         row |= {"avg4_start": first[samples], "avg4_end": last[samples], "greedy_end": last[samples.replace("avg@4", "greedy")]}
-    for phase in ("rollout", "ref", "prm", "policy", "step"):
-        row["seconds_" + phase] = median(step["time/" + phase] for step in steps)
+    for phase in ("rollout", "ref", "prm", "critic", "policy", "step"):
+        row["seconds_" + phase] = median(step.get("time/" + phase, 0.0) for step in steps)
     return row, steps, accuracy
 
 def baseline(arm):

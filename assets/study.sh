@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablations in miniature: `bash assets/study.sh [FOLDER]`, then `python assets/study.py [FOLDER]` for the tables.
 # Plain calls of prime.py, two at a time on 2 cores, about a minute each. One SFT checkpoint a seed is shared by all arms.
-# Finished runs are skipped, cut-off ones begin anew: start it again to go on. SEEDS="0 1 2" takes other seeds.
+# Finished runs are skipped, and those that ended with an error's line; cut-off ones begin anew: start it again to go on. SEEDS="0 1 2" takes other seeds.
 set -u
 cd "$(dirname "$0")/.."
 export runs=${1:-runs/study} OMP_NUM_THREADS=1
@@ -10,9 +10,11 @@ mkdir -p "$runs"
 
 run() {  # SCRIPT NAME SEED OPTIONS...: a run, unless it is finished
     local folder=$runs/$2-$3
-    [ -e "$folder/policy" ] && return
+    [ -e "$folder/policy" ] || [ -e "$folder.ended" ] && return
     rm -rf "$folder"
-    python "$1" --seed "$3" --output "$folder" "${@:4}" >"$folder.log" 2>&1 || echo "failed: $folder"
+    python "$1" --seed "$3" --output "$folder" "${@:4}" >"$folder.log" 2>&1 && return
+    [ $? = 2 ] && touch "$folder.ended"  # no prompts within the filter, for instance: it would end so again
+    echo "failed: $folder"
 }
 one() { run prime.py "$1" "$2" --model "$runs/sft-$2/sft" "${@:3}"; }
 sft() { [ -e "$runs/sft-$1/sft" ] || { rm -rf "$runs/sft-$1"; python prime.py --steps 0 --seed "$1" --output "$runs/sft-$1" >"$runs/sft-$1.log" 2>&1; }; }
