@@ -172,8 +172,8 @@ class UserError(Exception):
     """A user's mistake: one line that names the option and what would be right; exit code 2."""
 
 def flag(name: str) -> str:
-    """The option of a Config field."""
-    return "--" + name.replace("_", "-")
+    """The option that changes a Config field."""
+    return ("--no-" if getattr(Config, name) is True else "--") + name.replace("_", "-")
 
 def check_config(cfg: Config, world: int) -> None:
     """Raise UserError for values that cannot work, alone or together, on this many processes."""
@@ -212,17 +212,19 @@ def check_config(cfg: Config, world: int) -> None:
         need(size % world == 0, f"{name} {size} is not a multiple of the {world} processes")
     need(cfg.reward == "outcome" or cfg.prm_minibatch % cfg.group_size == 0, f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
     need(cfg.prm_ref in ("sft", "policy"), "--prm-ref is 'sft' or 'policy' (a folder with --eval-only)")
+    need(cfg.reward != "process" or cfg.outcome_weight == 1, "--reward process has no outcome part: drop --outcome-weight")
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
     need(cfg.process_baseline == "token-mean" or cfg.estimator == "rloo", "--process-baseline belongs to --estimator rloo")
     need(cfg.granularity == "token" or cfg.gamma == 1 and cfg.process_baseline == "token-mean",
          "--granularity whole knows no --gamma and no --process-baseline")
     need(cfg.prm_update != "none" or cfg.prm_loss == "ce" and not cfg.prm_warmup_steps and (cfg.prm or cfg.reward == "outcome"),
          "--prm-update none needs a trained --prm, and no --prm-loss or --prm-warmup-steps")
-    for name in ("reward", "estimator", "process_baseline", "granularity", "gamma", "process_weight", "outcome_weight"):
+    for name in ("reward", "estimator", "process_baseline", "granularity", "gamma", "process_weight", "outcome_weight", "normalize",
+                 "last_token"):
         need(cfg.prm_role == "reward" or getattr(cfg, name) == getattr(Config, name),
              f"--prm-role value replaces the estimator: drop {flag(name)}")
     for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma",
-                 "beta", "process_weight", "process_baseline", "last_token"):
+                 "beta", "process_weight", "process_baseline", "last_token", "normalize"):
         need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
              f"--reward outcome has no process reward: drop {flag(name)}")
 
@@ -1517,7 +1519,7 @@ def parse_args(argv: list[str]) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
     for name in set(saved) - {"resume", "output", "steps"}:
         if getattr(cfg, name) != saved[name]:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)} conflicts with the run's {saved[name]}: --resume changes --steps only")
+            raise UserError(f"{flag(name)} conflicts with the run's {name} {saved[name]}: --resume changes --steps only")
     cfg.output = given.resume or cfg.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return cfg
 
