@@ -1451,8 +1451,9 @@ def train(cfg: Config, run: Run) -> int:
             with run.timed("rollout"), sampler.awake(models.policy):  # sample K responses a prompt, verify, filter
                 kept, considered, metrics = collect_rollouts(sampler, queue, cfg, step)
             batch = Batch.of(kept)
-            with run.timed("ref"):
+            with run.timed("probe"):  # nothing, but with --prm-probe-every
                 metrics |= probe_prm(models, considered, cfg, step)
+            with run.timed("ref"):
                 old_logps, ref_logps = first_logps(models, batch, cfg)
             with run.timed("prm"):  # implicit process rewards (Eq. 3); update the PRM on the outcomes
                 process_rewards, figures = score_and_update_prm(models.prm, ref_logps, batch, cfg)

@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -285,6 +286,15 @@ def test_estimators_by_option(group):
             value_role[i, t] = outcomes[i] - rewards[i, :t].sum()
     torch.testing.assert_close(advantages(values, estimator="ppo"), expected)
     torch.testing.assert_close(advantages(prm_role="value", normalize=True), value_role)
+    reinforce, grpo, ppo = (torch.zeros_like(mask) for _ in range(3))  # R_phi(y) as a second outcome, on every token
+    sums = [float(row.sum()) for row in rewards]
+    for i, n in enumerate(group[3]):
+        others = range(i // K * K, i // K * K + K)
+        standard = [(x[i] - fmean(x[j] for j in others)) / (stdev([x[j] for j in others]) + 1e-6) for x in (sums, outcomes.tolist())]
+        for t in range(n):
+            reinforce[i, t], grpo[i, t], ppo[i, t] = outcomes[i] + sums[i], sum(standard), outcomes[i] - values[i, t] + sums[i]
+    for estimator, plain in {"reinforce": reinforce, "grpo": grpo, "ppo": ppo}.items():
+        torch.testing.assert_close(advantages(values, estimator=estimator, granularity="whole"), plain)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
