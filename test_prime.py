@@ -286,15 +286,21 @@ def test_estimators_by_option(group):
             value_role[i, t] = outcomes[i] - rewards[i, :t].sum()
     torch.testing.assert_close(advantages(values, estimator="ppo"), expected)
     torch.testing.assert_close(advantages(prm_role="value", normalize=True), value_role)
-    reinforce, grpo, ppo = (torch.zeros_like(mask) for _ in range(3))  # R_phi(y) as a second outcome, on every token
-    sums = [float(row.sum()) for row in rewards]
+
+
+def test_whole_response_rewards_by_estimator(group):
+    rewards, batch, cfg = batch_of(group, {"granularity": "whole"})
+    outcomes, values, sums = batch.outcomes.tolist(), torch.randn_like(batch.mask) * batch.mask, rewards.sum(-1).tolist()
+    reinforce, grpo, ppo = (torch.zeros_like(batch.mask) for _ in range(3))  # R_phi(y) as a second outcome, on every token
     for i, n in enumerate(group[3]):
         others = range(i // K * K, i // K * K + K)
-        standard = [(x[i] - fmean(x[j] for j in others)) / (stdev([x[j] for j in others]) + 1e-6) for x in (sums, outcomes.tolist())]
+        standard = [(x[i] - fmean(x[j] for j in others)) / (stdev([x[j] for j in others]) + 1e-6) for x in (sums, outcomes)]
         for t in range(n):
             reinforce[i, t], grpo[i, t], ppo[i, t] = outcomes[i] + sums[i], sum(standard), outcomes[i] - values[i, t] + sums[i]
     for estimator, plain in {"reinforce": reinforce, "grpo": grpo, "ppo": ppo}.items():
-        torch.testing.assert_close(advantages(values, estimator=estimator, granularity="whole"), plain)
+        advantages, _ = prime.estimate_advantages(rewards, batch, dataclasses.replace(cfg, estimator=estimator), values)
+        torch.testing.assert_close(advantages, plain)
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,25 +456,23 @@ def test_equal_weights_give_exactly_zero_rewards(sft, loaded, dtype):
 
 def test_dpo_in_micro_batches_has_the_gradient_of_the_whole(sft, loaded, monkeypatch):
     cfg = dataclasses.replace(loaded[0], token_budget=60, prm_minibatch=12, group_size=4, beta=0.05, prm_loss="dpo")
-    batch, gradients = prime.Batch.of(some_rollouts(loaded[2], 12)), []
-    learner = prime.Learner(loaded[1], 0.0, 0.0, 1.0)
+    batch, learner = prime.Batch.of(some_rollouts(loaded[2], 12)), prime.Learner(loaded[1], 0.0, 0.0, math.inf)
     ref_logps = prime.score(prime.load_model(sft, cfg, frozen=True), batch, cfg) - 0.5 * torch.rand_like(batch.mask) * batch.mask
-    clip = prime.nn.utils.clip_grad_norm_
 
-    def record(parameters, limit):
-        parameters = list(parameters)
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in parameters]))
-        return clip(parameters, limit)
+    def gradient():
+        return torch.cat([p.grad.full_tensor().flatten() for p in learner.model.parameters()])
 
-    monkeypatch.setattr(prime.nn.utils, "clip_grad_norm_", record)
-    _, figures = prime.score_and_update_prm(learner, ref_logps, batch, cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.optimizer, "zero_grad", lambda: None)  # to read it after the update, which moves nothing at rate 0
+        _, figures = prime.score_and_update_prm(learner, ref_logps, batch, cfg)
+    in_micro_batches = gradient()
+    learner.optimizer.zero_grad()
     logps = prime.token_values(learner.model, batch, list(range(12)))
     sums = [cfg.beta * ((logps[i] - ref_logps[i]) * batch.mask[i]).sum() for i in range(12)]
     pairs = [(i, j) for g in range(0, 12, 4) for i in range(g, g + 4) for j in range(g, g + 4) if batch.outcomes[i] > batch.outcomes[j]]
     loss = -sum(torch.log(torch.sigmoid(sums[i] - sums[j])) for i, j in pairs) / len(pairs)
     loss.backward()
-    whole = torch.cat([p.grad.full_tensor().flatten() for p in learner.model.parameters()])
-    assert whole.norm() > 0.01 and (gradients[0] - whole).norm() < 1e-4 * whole.norm()
+    assert gradient().norm() > 0.01 and (in_micro_batches - gradient()).norm() < 1e-4 * gradient().norm()
     assert figures["prm/loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 

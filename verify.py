@@ -209,6 +209,7 @@ class _Parser:
         return _signed("-", self.argument()) if self.take("-") else self.atom(mixed=False)
 
     def atom(self, mixed: bool = True):
+        """A number, a name, a bracket, a root, a fraction or a function; mixed: `1 1/2` and `1\\frac12` are one number."""
         token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 4]
         if mixed and token.isdigit():
             parts = after[1:] if after[0] == r"\frac" else after[::2] if after[1:2] == ["/"] else []

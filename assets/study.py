@@ -33,7 +33,7 @@ def read(folder):
     if samples:
         row |= {"avg4_start": first[samples], "avg4_end": last[samples], "greedy_end": last[samples.replace("avg@4", "greedy")]}
     for phase in ("rollout", "ref", "prm", "critic", "policy", "step"):
-        row["seconds_" + phase] = median(step.get("time/" + phase, 0.0) for step in steps)
+        row["seconds_" + phase] = median(step["time/" + phase] for step in steps)
     return row, steps, accuracy
 
 def baseline(arm):

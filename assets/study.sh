@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The ablations in miniature: `bash assets/study.sh [FOLDER]`, then `python assets/study.py [FOLDER]` for the tables.
 # Plain calls of prime.py, two at a time on 2 cores, about a minute each. One SFT checkpoint a seed is shared by all arms.
-# Finished runs are skipped, and those that ended with an error's line; cut-off ones begin anew: start it again to go on. SEEDS="0 1 2" takes other seeds.
+# Finished runs are skipped, and those that ended with an error's line; cut-off ones begin anew: start it again to go on.
+# SEEDS="0 1 2" takes other seeds.
 set -u
 cd "$(dirname "$0")/.."
 export runs=${1:-runs/study} OMP_NUM_THREADS=1
