@@ -49,13 +49,14 @@ for seed in $seeds 5 6; do echo "sft $seed"; done | two_at_a_time
 # Part 2. Each estimator's learning rate, from one grid, on two seeds that are not reported and on miniature-val; process
 # rewards as the official code divides them and, where that matters, as the paper's text has them.
 grid() { seeds="5 6" arm "grid-$1-$2-$3" --estimator "$1" --lr "$3" --eval-data miniature-val --prm-probe-every 0 "${@:4}"; }
-for lr in 2e-4 4e-4 1e-4; do
+for lr in 2e-4 4e-4 8e-4 1e-4; do
     for estimator in rloo grpo reinforce ppo; do
         grid $estimator outcome $lr --reward outcome
         grid $estimator prime $lr
     done
 done | two_at_a_time
-for lr in 2e-4 4e-4; do
+grid grpo prime 5e-5 | two_at_a_time
+for lr in 2e-4 4e-4 8e-4; do
     for estimator in rloo reinforce ppo; do grid $estimator prime-no-normalize $lr --no-normalize; done
     grid rloo prime-gamma-0 $lr --gamma 0
 done | two_at_a_time
