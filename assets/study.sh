@@ -101,14 +101,15 @@ export -f chains
 # not normalised, 2e-4 for those that are (GRPO 1e-4).
 best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 {
-    best outcome 4e-4 --reward outcome --prm-probe-every 0
-    best prime 2e-4
-    best prime-no-normalize 4e-4 --no-normalize
+    best outcome 4e-4 --reward outcome --prm-probe-every 0 --eval-every 5
+    best prime 2e-4 --eval-every 5
+    best prime-no-normalize 4e-4 --no-normalize --eval-every 5
     best outcome-no-filter 4e-4 --reward outcome --no-filter --prm-probe-every 0
     for estimator in reinforce grpo ppo; do
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
         best $estimator-prime "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator
     done
+    for estimator in reinforce ppo; do best $estimator-prime-no-normalize 4e-4 --estimator $estimator --no-normalize; done
     # which PRM scores; its role, loss, reference, granularity
     best score-first-4 2e-4 --prm-minibatch 32 --prm-update score-first
     best single-4 2e-4 --prm-minibatch 32
