@@ -22,6 +22,7 @@ engines appear in the sections on models and rollout only.
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
@@ -454,6 +455,8 @@ LOGIT_CHUNK = 1024  # response tokens whose (tokens, vocabulary) float32 logits 
 
 def setup_distributed() -> None:
     """Join torchrun's process group, or make one of this process alone."""
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")  # vLLM needs it, and some launchers do not set it
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -733,7 +736,7 @@ class VLLMEngine:
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: weights pass by reference, no process is left over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else a screenful at each sync
-        self.cuda, self.asleep = torch.cuda.is_available(), False
+        self.cuda, self.asleep, threads = torch.cuda.is_available(), False, torch.get_num_threads()
         launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         try:
             import vllm
@@ -741,9 +744,10 @@ class VLLMEngine:
                 name, dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, seed=cfg.seed,
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
                 logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
-        except (ImportError, ValueError, RuntimeError) as e:
+        except (ImportError, ValueError, RuntimeError, AssertionError) as e:
             raise UserError(f"--rollout vllm: the engine does not start ({one_line(e)}); pip install vllm, another "
                             "--vllm-memory, or --rollout hf") from None
+        torch.set_num_threads(threads)  # vLLM leaves one; an Adam in host memory needs them all
         self.llm.llm_engine.engine_core._finalizer.atexit = False  # after a failure: see Sampler.__exit__
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
 
@@ -1415,6 +1419,7 @@ def starting_model(cfg: Config, run: Run) -> tuple[str, object]:
     if cfg.sft_data and not (run.folder / "sft").exists():
         run.rewind(0)
         train_sft(name, tokenizer, cfg, run)
+        gc.collect()  # its weights lie in reference cycles, and three models load next
     return str(run.folder / "sft") if cfg.sft_data else name, tokenizer
 
 def first_logps(models: Models, batch: Batch, cfg: Config) -> tuple[Tensor | None, Tensor | None]:
@@ -1541,7 +1546,7 @@ def main(argv: list[str] | None = None) -> int:
         if "out of memory" not in str(e).lower():
             raise
         message = ("out of GPU memory; what helps: a smaller --token-budget, --activation-checkpointing, --prm-ref policy, "
-                   f"--cpu-offload, a smaller --vllm-memory, more GPUs ({str(e).split('. ')[0]})")
+                   f"--cpu-offload, a smaller --vllm-memory or --rollout-batch, more GPUs ({str(e).split('. ')[0]})")
     except KeyboardInterrupt:
         return 130
     time.sleep(5 * (rank > 0))  # rank 0 speaks for all; the others only where it has nothing to say
