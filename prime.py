@@ -172,6 +172,17 @@ MINIATURE_SFT = dict(sft_data="miniature", sft_epochs=1, sft_batch=48, sft_lr=3e
 class UserError(Exception):
     """A user's mistake: one line that names the option and what would be right; exit code 2."""
 
+@contextlib.contextmanager
+def blaming(what: str, remedy: str = ""):
+    """Make whatever a library raises (the hub client has dozens of kinds) one line: what failed, why, and what would help."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        cause = " ".join(str(e).split())[:300] or type(e).__name__
+        raise UserError(f"{what} ({cause}){remedy}") from None
+
 def flag(name: str) -> str:
     """The option that changes a Config field."""
     return ("--no-" if getattr(Config, name) is True else "--") + name.replace("_", "-")
@@ -200,7 +211,7 @@ def check_config(cfg: Config, world: int) -> None:
     need(titles or not cfg.eval_only, "--eval-only needs --eval-data: name one or several sets")
     need(not cfg.inspect or cfg.eval_only and cfg.prm, "--inspect needs --eval-only and --prm (training writes its page anyway)")
     if cfg.eval_only:
-        need(not cfg.prm or cfg.prm_ref not in ("sft", "policy"), "--prm-ref is missing: name the SFT model of --prm, its reference")
+        need(not cfg.prm or cfg.prm_ref not in ("sft", "policy"), "--prm-ref is missing: name the SFT model that --prm came from")
         return
     need(cfg.group_size > 1 or cfg.estimator not in ("rloo", "grpo") and cfg.prm_loss == "ce",
          f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator}, --prm-loss {cfg.prm_loss} need 2")
@@ -211,7 +222,8 @@ def check_config(cfg: Config, world: int) -> None:
     for name, size in sizes.items():
         need(batch % size == 0, f"{name} {size} does not divide the {batch} responses of --prompts-per-step times --group-size")
         need(size % world == 0, f"{name} {size} is not a multiple of the {world} processes")
-    need(cfg.reward == "outcome" or cfg.prm_minibatch % cfg.group_size == 0, f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
+    need(cfg.reward == "outcome" or cfg.prm_minibatch % cfg.group_size == 0,
+         f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
     need(cfg.prm_ref in ("sft", "policy"), "--prm-ref is 'sft' or 'policy' (a folder with --eval-only)")
     need(cfg.reward != "process" or cfg.outcome_weight == 1, "--reward process has no outcome part: drop --outcome-weight")
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
@@ -259,12 +271,10 @@ def problem_from_row(row: dict, where: str, suffix: str | None = None) -> Proble
     elif isinstance(row.get("test"), str):  # LeetCode: a script of assertions
         reference = {"asserts": row["test"], "fn_name": row.get("entry_point")}
     elif isinstance(row.get("public_test_cases"), str):  # LiveCodeBench
-        try:
+        with blaming(f"{where}: public_test_cases is no JSON list of input and output"):
             cases, metadata = json.loads(row["public_test_cases"]), json.loads(row.get("metadata") or "{}")
             reference = {"inputs": [c["input"] for c in cases], "outputs": [c["output"] for c in cases],
                          "fn_name": metadata.get("func_name")}
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{where}: public_test_cases is no JSON list of input and output") from None
     else:
         task, reference = "math", first("answer", "expected_answer", "final_answer")
         if reference is None and isinstance(row.get("solution"), str):  # MATH, Minerva: in the worked solution
@@ -282,27 +292,20 @@ def problem_from_row(row: dict, where: str, suffix: str | None = None) -> Proble
         raise UserError(f"{where}: a chat prompt is a list of messages with role and content")
     return Problem(prompt, task, reference)
 
-def one_line(error: Exception) -> str:
-    """What an error says."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
 def load_rows(name: str, option: str, split: str = "train"):
     """The rows of a .jsonl or .parquet file or of a hub data set: a list of dicts, or an Arrow table of them."""
-    rows, where = [], name
-    try:
+    with blaming(f"{option} {name}: cannot be loaded"):
         if name.endswith(".jsonl"):
-            text = Path(name).read_text(encoding="utf-8").rstrip()
+            rows, text = [], Path(name).read_text(encoding="utf-8").rstrip()
             for number, line in enumerate(text.split("\n") if text else [], 1):
-                where = f"{name}, line {number}"
-                rows.append(dict(json.loads(line)))
+                with blaming(f"{option} {name}, line {number}: cannot be loaded"):
+                    rows.append(dict(json.loads(line)))
             return rows
         import datasets
         if name.endswith(".parquet"):
             return datasets.Dataset.from_parquet(name)
         splits = datasets.load_dataset(name)
         return next(splits[name] for name in (split, "validation", *splits) if name in splits)
-    except Exception as e:  # the hub client raises dozens of kinds
-        raise UserError(f"{option} {where}: cannot be loaded ({one_line(e)})") from None
 
 class Problems:
     """A sequence of Problem over one data set, each row converted when asked for."""
@@ -334,10 +337,8 @@ def encode_prompt(prompt: list | str, tokenizer, cfg: Config) -> list[int]:
     if cfg.template == "chat":
         if not tokenizer.chat_template:
             raise UserError("--template chat: the model's tokenizer has no chat template; give --template zero or none")
-        try:
+        with blaming("--template chat: the model's chat template refuses a prompt"):  # a system message for instance
             return tokenizer.apply_chat_template(as_chat(prompt, cfg), add_generation_prompt=True, return_dict=True)["input_ids"]
-        except Exception as e:  # whatever the template objects to, a system message for instance
-            raise UserError(f"--template chat: the model's chat template refuses a prompt ({one_line(e)})") from None
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     text = ZERO_TEMPLATE.format(text) if cfg.template == "zero" else text
     return tokenizer(text, add_special_tokens=cfg.template == "zero")["input_ids"]
@@ -468,6 +469,11 @@ def device() -> torch.device:
     """This rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
+def padded(rows: Iterable, side: str = "right") -> Tensor:
+    """Rows of unequal length as one tensor on this rank's device, filled up with zeros on that side."""
+    tensors = [torch.as_tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side).to(device())
+
 def gather(item) -> list:
     """Every rank's item, on every rank."""
     items = [None] * dist.get_world_size()
@@ -501,10 +507,8 @@ def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 def from_pretrained(loader, name: str, option: str, **kwargs):
     """loader.from_pretrained(name), with its many errors in one line."""
-    try:
+    with blaming(f"{option} {name}: cannot be loaded"):
         return loader.from_pretrained(name, **kwargs)
-    except Exception as e:  # the hub client and transformers raise dozens of kinds
-        raise UserError(f"{option} {name}: cannot be loaded ({one_line(e)})") from None
 
 def load_tokenizer(name: str, cfg: Config):
     """The model's tokenizer, which must be the PRM's as well."""
@@ -527,7 +531,6 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
     if dist.get_rank() == 0:
         source = TokenModel(from_pretrained(AutoModelForCausalLM, name, option, config=config, dtype=torch.float32))
         values = dict(source.named_parameters()) | dict(source.named_buffers())
-        generation_config = source.lm.generation_config
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=compute if frozen else torch.float32)
         model = TokenModel(lm, value_head).train()  # checkpointing asks for training mode; there is no dropout
@@ -535,8 +538,7 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
         raise UserError(f"{option} {name}: only decoders built like Llama, Qwen or Mistral are supported")
     if cfg.activation_checkpointing and not frozen:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    plan = dict(mesh=dist.device_mesh.init_device_mesh(device().type, (dist.get_world_size(),)),
-                mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+    plan = dict(mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
                 offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cfg.cpu_offload else OffloadPolicy())
     for module in (*lm.base_model.layers, model):
         fully_shard(module, **plan)
@@ -546,12 +548,10 @@ def load_model(name: str, cfg: Config, option: str = "--model", frozen: bool = F
         if key in values:  # on rank 0; a critic's head starts from zero
             full.copy_(values[key].detach())
         p.detach().to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
-    for key, b in list(model.named_buffers()):  # rotary frequencies, which no state dict holds
-        full = values[key].to(device()) if values else torch.empty_like(b, device=device())
-        dist.broadcast(full, 0)
-        owner, _, leaf = key.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, full)
-    lm.generation_config = generation_config if values else None
+    for key, b in model.named_buffers():  # rotary frequencies, which no state dict holds
+        b.data = values.get(key, b).to(device())
+        dist.broadcast(b, 0)
+    lm.generation_config = source.lm.generation_config if values else None  # its stop tokens, for save_pretrained on rank 0
     return model
 
 def full_weights(model: TokenModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -565,10 +565,7 @@ def save_pretrained(model: TokenModel, tokenizer, folder: Path) -> None:
     if weights:
         tmp = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        with torch.device("meta"):
-            shell = type(model.lm)(model.lm.config)
-        shell.generation_config = model.lm.generation_config  # its stop tokens
-        shell.save_pretrained(tmp, state_dict=weights)
+        model.lm.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
@@ -597,14 +594,11 @@ class Batch:
     @staticmethod
     def of(rollouts: list[Rollout]) -> "Batch":
         """Rollouts as tensors."""
-        def padded(rows):
-            return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device())
-
         return Batch(tokens=[torch.tensor(r.prompt_ids + r.ids, device=device()) for r in rollouts],
                      prompt_lengths=[len(r.prompt_ids) for r in rollouts],
-                     mask=padded([[1.0] * len(r.ids) for r in rollouts]),
+                     mask=padded([1.0] * len(r.ids) for r in rollouts),
                      outcomes=torch.tensor([r.outcome for r in rollouts], device=device()),
-                     engine_logps=padded([r.logps for r in rollouts]) if rollouts[0].logps else None)
+                     engine_logps=padded(r.logps for r in rollouts) if rollouts[0].logps else None)
 
     def blocks(self, size: int) -> list[range]:
         """Consecutive minibatches of size responses: whole groups, unshuffled."""
@@ -622,11 +616,9 @@ def micro_batches(batch: Batch, rows: Iterable[int], cfg: Config) -> Iterator[li
 
 def token_values(model: TokenModel, batch: Batch, rows: list[int], temperature: float = 1.0) -> Tensor:
     """Log-probabilities (or values) of the given rows' response tokens: (len(rows), T), zero outside the mask."""
-    ids = nn.utils.rnn.pad_sequence([batch.tokens[i] for i in rows], batch_first=True)
-    first = torch.tensor([[batch.prompt_lengths[i] - 1] for i in rows], device=ids.device)
-    end = torch.tensor([[len(batch.tokens[i]) - 1] for i in rows], device=ids.device)
-    position = torch.arange(ids.shape[1] - 1, device=ids.device)
-    values = model(ids, (first <= position) & (position < end), temperature)
+    ids = padded(batch.tokens[i] for i in rows)
+    predicts = padded(torch.arange(1, len(batch.tokens[i])) >= batch.prompt_lengths[i] for i in rows)
+    values = model(ids, predicts, temperature)
     return torch.zeros_like(batch.mask[rows]).masked_scatter(batch.mask[rows].bool(), values)
 
 def assemble(pieces: list[tuple[list[int], Tensor]], batch: Batch) -> Tensor:
@@ -721,12 +713,11 @@ class HFEngine:
         sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
         order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, self.batch // k)
         for chunk in [order[start:start + size] for start in range(0, len(order), size)]:
-            width = max(len(prompts[i]) for i in chunk)
-            padding = [width - len(prompts[i]) for i in chunk]
-            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, chunk)], device=device())
-            mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device())
-            out = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, num_return_sequences=k, **sampling)
-            for row, tokens in enumerate(out[:, width:].tolist()):
+            ids = padded((prompts[i] for i in chunk), "left")
+            mask = padded(([1] * len(prompts[i]) for i in chunk), "left")
+            out = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, num_return_sequences=k,
+                                   **sampling)
+            for row, tokens in enumerate(out[:, ids.shape[1]:].tolist()):
                 length = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
                 yield chunk[row // k], tokens[:length], None, length is None
 
@@ -736,43 +727,35 @@ class VLLMEngine:
     def __init__(self, name: str, cfg: Config, stop_ids: list[int]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: weights pass by reference, no process is left over
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else a screenful at each sync
-        self.cuda, self.asleep, threads = torch.cuda.is_available(), False, torch.get_num_threads()
+        self.cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
         launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-        try:
+        with blaming("--rollout vllm: the engine does not start", "; pip install vllm, another --vllm-memory, or --rollout hf"):
             import vllm
             self.llm = vllm.LLM(
                 name, dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, seed=cfg.seed,
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
                 logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
-        except (ImportError, ValueError, RuntimeError, AssertionError) as e:
-            raise UserError(f"--rollout vllm: the engine does not start ({one_line(e)}); pip install vllm, another "
-                            "--vllm-memory, or --rollout hf") from None
         torch.set_num_threads(threads)  # vLLM leaves one; an Adam in host memory needs them all
         self.llm.llm_engine.engine_core._finalizer.atexit = False  # after a failure: see Sampler.__exit__
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Wake, and take the policy's weights."""
-        if self.asleep:
-            self.llm.wake_up(tags=["weights"])
+        self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.cuda:  # the CPU build computes with a packed copy of a tied head, which the reload leaves stale
             self.llm.apply_model(repack_tied_head)
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        self.asleep = False
 
     def sleep(self) -> None:
         """Give the GPU to training. Level 2 drops the weights too: each sync sends them anyway."""
         if self.cuda:
             self.llm.sleep(level=2)
-            self.asleep = True
 
     def close(self) -> None:
         """Shut the engine down; this also ends torch.distributed, so it comes last."""
-        if self.asleep:  # its memory cannot be freed then
-            self.llm.wake_up()
+        self.llm.wake_up()  # asleep, its memory cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
@@ -819,7 +802,6 @@ class Sampler:
         self.engine = make_engine(name, tokenizer, cfg)
 
     def __enter__(self):
-        self.verifier.__enter__()
         return self
 
     def __exit__(self, *error):
@@ -888,14 +870,13 @@ def collect_rollouts(sampler: Sampler, queue: PromptQueue, cfg: Config, step: in
                 kept.append(group)
         queue.state["pass_rate"] = max(0.1, len(kept) / len(considered))
     batch, responses = ([r for group in groups for r in group] for groups in (kept, considered))
-    count = len(responses)
     return batch, responses, {
-        "rollout/accuracy": sum(r.outcome for r in responses) / count,
-        "reward/outcome": sum(r.outcome for r in batch) / len(batch),
+        "rollout/accuracy": fmean(r.outcome for r in responses),
+        "reward/outcome": fmean(r.outcome for r in batch),
         "rollout/kept_prompts": len(kept), "rollout/considered_prompts": len(considered), "rollout/drawn_prompts": drawn,
         "rollout/equal_groups": sum(len({r.outcome for r in group}) == 1 for group in kept),
-        "rollout/truncated": sum(r.truncated for r in responses) / count,
-        "rollout/length": sum(len(r.ids) for r in responses) / count, "rollout/too_long_prompts": queue.state["too_long"],
+        "rollout/truncated": fmean(r.truncated for r in responses),
+        "rollout/length": fmean(len(r.ids) for r in responses), "rollout/too_long_prompts": queue.state["too_long"],
         "rollout/epoch": queue.state["position"] // len(queue.problems)}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -947,27 +928,25 @@ def score_and_update_prm(prm: Learner | None, ref_logps: Tensor | None, batch: B
     def score_all():
         return score(prm.model, batch, cfg, cfg.prm_minibatch)
 
-    def rewards_of(logps, mine):
+    def rewards_of(logps, mine=slice(None)):
         return implicit_rewards(logps, ref_logps[mine], batch.mask[mine], cfg.beta)
 
-    everything, pieces, losses, norms = slice(None), [], [], []
+    updates = []
     scores = score_all() if cfg.prm_update in ("score-first", "none") else None
     for rows in batch.blocks(cfg.prm_minibatch) if cfg.prm_update != "none" else []:
         if cfg.prm_loss == "dpo":  # dL/dR_phi(y) from a pass without gradients, so that micro-batches may split groups
-            sums = rewards_of(score_all(), everything).sum(-1).requires_grad_()
+            sums = rewards_of(score_all()).sum(-1).requires_grad_()
             dpo = dpo_loss(sums[rows], batch.outcomes[rows], cfg.group_size)
             slope, = torch.autograd.grad(dpo, sums)
-            loss, norm, passes = prm.update(batch, rows, cfg, lambda logps, mine: (rewards_of(logps, mine).sum(-1) * slope[mine]).sum())
-            loss = float(dpo.detach())
+            _, *others = prm.update(batch, rows, cfg, lambda logps, mine: (rewards_of(logps, mine).sum(-1) * slope[mine]).sum())
+            updates.append((float(dpo.detach()), *others))
         else:
-            loss, norm, passes = prm.update(batch, rows, cfg, lambda logps, mine: prm_loss(
-                rewards_of(logps, mine), batch.outcomes[mine], batch.mask[mine], len(rows)))
-        losses.append(loss)
-        norms.append(norm)
-        pieces += passes
+            updates.append(prm.update(batch, rows, cfg, lambda logps, mine: prm_loss(
+                rewards_of(logps, mine), batch.outcomes[mine], batch.mask[mine], len(rows))))
+    losses, norms, pieces = zip(*updates) if updates else ([], [], [])
     if scores is None:
-        scores = assemble(pieces, batch) if cfg.prm_update == "single" else score_all()
-    rewards = rewards_of(scores, everything)
+        scores = assemble(sum(pieces, []), batch) if cfg.prm_update == "single" else score_all()
+    rewards = rewards_of(scores)
     metrics = {f"prm/{key}": value for key, value in prm_metrics(rewards.sum(-1), batch.outcomes, cfg.group_size).items()}
     if losses:
         metrics |= {"prm/loss": fmean(losses), "prm/first_loss": losses[0], "prm/grad_norm": fmean(norms)}
@@ -1036,7 +1015,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     variance = ((values - mean) ** 2 * mask).sum() / (mask.sum() - 1).clamp(min=1)
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
-ESTIMATORS = {"rloo": rloo_advantages, "reinforce": reinforce_advantages, "grpo": grpo_advantages}
+ESTIMATORS = {"rloo": rloo_advantages, "reinforce": reinforce_advantages, "grpo": grpo_advantages, "ppo": reinforce_advantages}
 
 def estimate_advantages(process_rewards: Tensor | None, batch: Batch, cfg: Config,
                         values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -1054,18 +1033,16 @@ def estimate_advantages(process_rewards: Tensor | None, batch: Batch, cfg: Confi
         rewards = last * rewards.sum(-1, keepdim=True)
     if cfg.normalize:
         rewards = normalize_rewards(rewards, mask)
+    estimator = ESTIMATORS[cfg.estimator]
+    if cfg.granularity == "whole":  # R_phi(y) as a second outcome
+        process_part = estimator(none, rewards.sum(-1), mask, cfg.group_size)
+    else:
+        process_part = estimator(rewards, none[:, 0], mask, cfg.group_size, cfg.gamma, cfg.process_baseline)
     if cfg.estimator == "ppo":
         outcome_part, targets = gae_advantages(last * outcomes[:, None], values, mask, 1.0, 1.0)
-        process_part = discounted_returns(rewards * mask, cfg.gamma) * mask
     else:
-        estimator = ESTIMATORS[cfg.estimator]
         outcome_part = estimator(none, outcomes, mask, cfg.group_size)
-        if cfg.granularity == "whole":  # R_phi(y) as a second outcome
-            process_part = estimator(none, rewards.sum(-1), mask, cfg.group_size)
-        else:
-            process_part = estimator(rewards, none[:, 0], mask, cfg.group_size, cfg.gamma, cfg.process_baseline)
-    advantages = process_part * (cfg.process_weight * (cfg.reward != "outcome")) \
-        + outcome_part * (cfg.outcome_weight * (cfg.reward != "process"))
+    advantages = cfg.process_weight * process_part + cfg.outcome_weight * (cfg.reward != "process") * outcome_part
     return whiten(advantages, mask) if cfg.whiten else advantages, targets
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1084,7 +1061,7 @@ def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: 
     """PPO's clipped updates over shuffled minibatches of whole responses; returns metrics.
     old_logps (B, T): None where one update a batch makes the first forward's own log-probabilities the old ones."""
     weights = batch.mask / batch.mask.sum(-1, keepdim=True) if cfg.loss_average == "sequence" else batch.mask
-    clipped, pieces, losses, norms = torch.zeros((), device=batch.mask.device), [], [], []
+    clipped, updates = torch.zeros((), device=batch.mask.device), []
 
     def loss_of(logps, mine):
         old = logps.detach() if old_logps is None else old_logps[mine]
@@ -1099,12 +1076,10 @@ def update_policy(policy: Learner, batch: Batch, advantages: Tensor, old_logps: 
     for _ in range(cfg.ppo_epochs):
         for rows in torch.randperm(len(batch.tokens), generator=order).split(cfg.minibatch):
             denominator = weights[rows].sum()
-            loss, norm, passes = policy.update(batch, rows.tolist(), cfg, loss_of, cfg.temperature)
-            losses.append(loss)
-            norms.append(norm)
-            pieces += passes
+            updates.append(policy.update(batch, rows.tolist(), cfg, loss_of, cfg.temperature))
+    losses, norms, pieces = zip(*updates)
     dist.all_reduce(clipped)
-    old_logps = assemble(pieces, batch) if old_logps is None else old_logps
+    old_logps = assemble(sum(pieces, []), batch) if old_logps is None else old_logps
     metrics = {"policy/loss": fmean(losses), "policy/clip_fraction": float(clipped) / len(losses),
                "policy/grad_norm": fmean(norms), "policy/entropy": float(-old_logps.sum() / batch.mask.sum())}
     if batch.engine_logps is not None:  # engine and trainer compute the same policy
@@ -1127,7 +1102,8 @@ def sft_example(row: dict, tokenizer, cfg: Config, where: str) -> Rollout:
     prompt, response = row.get("prompt"), row.get("response")
     if row.get("conversations"):
         prompt, response = [message.get("value") for message in (row["conversations"] + [{}])[:2]]
-        prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}] if row.get("system") else prompt
+        if row.get("system"):
+            prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
     if not prompt or not isinstance(prompt, (str, list)) or not isinstance(response, str):
         raise UserError(f"{where}: an SFT row holds prompt and response, or conversations")
     prompt_ids = encode_prompt(prompt, tokenizer, cfg)
@@ -1238,16 +1214,18 @@ def inspect_page(problems: Problems, groups: list[list[Rollout]], models: Models
     groups = sorted(groups, key=lambda group: len({r.outcome for r in group}) == 1)[:16]
     rewards, shown = iter(process_rewards_of([r for group in groups for r in group], models, cfg).tolist()), []
     for group in groups:
-        responses = [{"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(tokenizer.batch_decode([[t] for t in r.ids]), row))}
-                     for r, row in zip(group, rewards)]
+        texts = [tokenizer.batch_decode([[token] for token in r.ids]) for r in group]
+        responses = [{"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(tokens, row))}
+                     for r, row, tokens in zip(group, rewards, texts)]
         problem = problems[group[0].index]
         shown.append({"prompt": str(problem.prompt), "reference": str(problem.reference), "responses": responses})
     data = {"title": "PRIME: implicit process rewards", "set": problems.name, "step": step, "beta": cfg.beta, "groups": shown}
-    return PAGE.read_text(encoding="utf-8").replace('"@DATA@"', json.dumps(data).replace("<", "\\u003c"))  # no text can end the script
+    script = json.dumps(data).replace("<", "\\u003c")  # no text can end it
+    return PAGE.read_text(encoding="utf-8").replace('"@DATA@"', script)
 
 def reporter(kind: str, folder: Path, config: dict):
     """A function of (metrics, step) that feeds tensorboard or wandb."""
-    try:
+    with blaming(f"--report-to {kind}: it does not start", f"; pip install {kind}, or leave it out"):
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(folder)
@@ -1255,8 +1233,6 @@ def reporter(kind: str, folder: Path, config: dict):
         import wandb
         wandb.init(project="prime", name=folder.name, config=config)
         return wandb.log
-    except Exception as e:  # not installed, not logged in
-        raise UserError(f"--report-to {kind}: it does not start ({one_line(e)}); pip install {kind}, or leave it out") from None
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoints, evaluations, models. Rank 0 alone writes."""
@@ -1324,7 +1300,8 @@ class Run:
         self.log({"step": step} | metrics)
         bar.update()
         if self.main:
-            tqdm.write(f"step {step}: " + ", ".join(f"{label} {metrics[key]:.3g}" for label, key in STEP_LINE.items() if key in metrics))
+            shown = [f"{label} {metrics[key]:.3g}" for label, key in STEP_LINE.items() if key in metrics]
+            tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def summary(self) -> None:
         """Print the first and the last evaluation side by side, and where the results lie."""
@@ -1340,11 +1317,10 @@ STEP_LINE = {"accuracy": "rollout/accuracy", "kept": "rollout/kept_prompts", "of
              "policy loss": "policy/loss", "clipped": "policy/clip_fraction", "norm": "policy/grad_norm", "seconds": "time/step",
              "rollout": "time/rollout", "ref": "time/ref", "PRM": "time/prm", "critic": "time/critic", "policy": "time/policy"}
 
-def checkpoint_state(models: Models) -> dict:
-    """The sharded weights and optimizer states of all learners."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+def checkpointed(models: Models) -> dict:
+    """The models and optimizers of all learners: torch's distributed checkpoints read and write these objects as they are."""
     learners = {name: learner for name, learner in vars(models).items() if isinstance(learner, Learner)}
-    return {name: dict(zip(("model", "optimizer"), get_state_dict(x.model, x.optimizer))) for name, x in learners.items()}
+    return {f"{name}-{part}": vars(x)[part] for name, x in learners.items() for part in ("model", "optimizer")}
 
 def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> None:
     """Write RUN/checkpoints/step-N: under another name, synced, renamed; only then the older one goes. All randomness is
@@ -1354,9 +1330,10 @@ def save_checkpoint(run: Run, step: int, models: Models, queue: PromptQueue) -> 
     tmp, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
     if run.main:
         shutil.rmtree(tmp, ignore_errors=True)
-    progress = gather({"step": step, "metrics_bytes": run.main and run.metrics.stat().st_size, "queue": queue.state})[0]
-    dcp.save(checkpoint_state(models) | {"progress": json.dumps(progress)}, checkpoint_id=tmp)
+    dcp.save(checkpointed(models), checkpoint_id=tmp)
     if run.main:
+        progress = {"metrics_bytes": run.metrics.stat().st_size, "queue": queue.state}
+        (tmp / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         os.sync()  # the checkpoint, and the metrics that it counts
         tmp.rename(final)
@@ -1369,32 +1346,25 @@ def load_checkpoint(run: Run, models: Models, queue: PromptQueue, cfg: Config) -
     """Load the newest complete checkpoint, on any number of processes, and rewind the metrics; returns its step. Where
     there is none, the run starts at step 0, which is saved if SFT came before it."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
     steps = [int(path.name[5:]) for path in run.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
     if not steps:
         save_checkpoint(run, 0, models, queue) if cfg.sft_data else run.rewind(0)
         return 0
-    state = checkpoint_state(models)
-    loaded = state | {"progress": ""}
-    dcp.load(loaded, checkpoint_id=run.folder / "checkpoints" / f"step-{max(steps)}")
-    for name, tensors in state.items():
-        learner = getattr(models, name)
-        set_state_dict(learner.model, learner.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-    progress = json.loads(loaded["progress"])
+    folder = run.folder / "checkpoints" / f"step-{max(steps)}"
+    dcp.load(checkpointed(models), checkpoint_id=folder)
+    progress = json.loads((folder / "progress.json").read_text())
     run.rewind(progress["metrics_bytes"])
     queue.state = progress["queue"]
-    return progress["step"]
+    return max(steps)
 
 @functools.cache
 def matmul_flops(dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product on this device."""
-    n, seconds = 8192 if torch.cuda.is_available() else 768, []
+    from torch.utils.benchmark import Timer
+    n = 8192 if torch.cuda.is_available() else 768
     a = torch.ones(n, n, device=device(), dtype=dtype)
-    for _ in range(4):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the result
-        seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds)
+    product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # waits for the result
+    return 2 * n ** 3 / min(product.timeit(1).mean for _ in range(4))
 
 def throughput(run: Run, considered: list[Rollout], batch: Batch, models: Models, metrics: dict, cfg: Config) -> dict:
     """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 6 operations a parameter and token for a forward
@@ -1514,11 +1484,9 @@ def parse_args(argv: list[str]) -> Config:
     parser.error, saved = error, {}
     given = parser.parse_args(argv)
     if given.resume:
-        try:
+        with blaming(f"--resume {given.resume}: no config.json of a run there, so no run to go on with"):
             saved = json.loads((Path(given.resume) / "config.json").read_text())
             Config(**saved)
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"--resume {given.resume}: no config.json of a run there, so no run to go on with") from None
         parser.set_defaults(**saved)
     elif given.data == "miniature" or not (given.data or given.sft_data or given.eval_only):
         parser.set_defaults(**MINIATURE | ({} if given.model else MINIATURE_SFT))
