@@ -768,13 +768,34 @@ def test_every_variant_runs(variant, arguments, sft, tmp_path):
     assert ("policy/loss" in lines[1]) == ("warmup" not in variant) and "policy/loss" in lines[2]
 
 
-def test_which_prm_scores(arguments, tmp_path):
-    """score-first scores the first batch with the untouched PRM; single scores later minibatches after an update."""
-    largest = {}
-    for mode in ("single", "score-first", "double"):
-        assert prime.main(arguments(tmp_path / mode, "--steps", 1, "--prm-update", mode)) == 0
-        largest[mode] = metrics(tmp_path / mode)[1]["reward/process_max"]
-    assert largest["score-first"] == 0 < largest["single"] and largest["double"] > 0
+@pytest.mark.parametrize("mode", ["single", "score-first", "double", "none"])
+def test_which_prm_scores(sft, loaded, mode):
+    """Three minibatches: which weights the PRM has when it scores each of them, and what it ends as."""
+    cfg = dataclasses.replace(loaded[0], prm_minibatch=4, prm_update=mode)
+    batch = prime.Batch.of(some_rollouts(loaded[2], 12))
+    ref_logps = prime.score(loaded[1], batch, cfg)  # the SFT model, from which the PRM starts
+
+    def weights(learner):
+        return torch.cat([p.full_tensor().detach().flatten() for p in learner.model.parameters()])
+
+    def rewards_now(learner):
+        return cfg.beta * (prime.score(learner.model, batch, cfg) - ref_logps) * batch.mask
+
+    by_hand = prime.Learner(prime.load_model(sft, cfg), 1e-3, 0.0, 10.0)
+    before, after = [], []  # each update's: the rewards of the whole batch
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]):
+        before.append(rewards_now(by_hand))
+        by_hand.update(batch, rows, cfg, lambda logps, mine: prime.F.binary_cross_entropy_with_logits(
+            (cfg.beta * (logps - ref_logps[mine]) * batch.mask[mine]).sum(-1), batch.outcomes[mine], reduction="sum") / 4)
+        after.append(rewards_now(by_hand))
+    expected = {"single": torch.cat([before[0][:4], before[1][4:8], before[2][8:]]), "score-first": before[0],
+                "double": after[2], "none": before[0]}
+    assert not before[0].any() and all((a - b).abs().max() > 1e-4 for a, b in zip(before, after))
+    prm = prime.Learner(prime.load_model(sft, cfg), 1e-3, 0.0, 10.0)
+    start = weights(prm)
+    rewards, _ = prime.score_and_update_prm(prm, ref_logps, batch, cfg)
+    torch.testing.assert_close(rewards, expected[mode], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weights(prm), start if mode == "none" else weights(by_hand), atol=1e-6, rtol=1e-5)
 
 
 # Checkpoints.
