@@ -29,7 +29,6 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from functools import reduce
 from pathlib import Path
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,6 +77,7 @@ INVERSES = {name: "a" + name for name in ("sin", "cos", "tan", "sinh", "cosh", "
 RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
 FUNCTIONS = {"\\" + name: name for name in [*INVERSES, *INVERSES.values(), *RECIPROCALS, "exp", "log", "ln", "lg"]}
 FUNCTIONS |= {r"\arc" + name: inverse for name, inverse in INVERSES.items()}
+SPELLINGS |= {name[1:]: [name] for name in FUNCTIONS}
 UNITS = ("ft feet foot|in inch inche|m meter|cm centimeter|mm|km kilometer|mi mile|yd yard|g gram|kg kilogram|mg|"
          "lb pound|h hr hour|min minute|s sec second|day|mph|L liter|mL ml|N|J|kJ|eV|W|kW|V|K|Hz|Pa|kPa|atm|mol mole|"
          "people|yuan|cup|unit|per|square sq|cubic|th|dollar|cent")
@@ -112,10 +112,8 @@ def _tokens(text: str, first_reading: bool) -> list[str]:
     tokens = ["", ""]
     for quote, letters, token in TOKEN.findall(text):
         unit = UNITS.get(letters) or UNITS.get(letters.lower().removesuffix("s"))
-        if "\\" + letters in FUNCTIONS:
-            tokens.append("\\" + letters)
-        elif letters and letters not in SPELLINGS:
-            if len(letters) > 3 or len(letters) > 1 and (quote or unit) or quote and unit:
+        if letters and letters not in SPELLINGS:
+            if quote or len(letters) > 3 or unit and len(letters) > 1:
                 unit = unit or re.fullmatch("[A-Za-z]{2,}[^s]s", letters) and letters  # another word only in the plural
                 has_number = re.match("[0-9)}π]|unit", tokens[-1] if tokens[-1] != "/" else tokens[-2])
                 tokens.append("unit " + unit if unit and has_number else letters)
@@ -280,7 +278,7 @@ def _power(base, exponent, number=lambda value: value):
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits * abs(exponent) > MAX_BITS and abs(base) != 1:
             raise ValueError("power too large")
-        return base ** int(exponent)
+        return base ** exponent
     if isinstance(base, (Fraction, float)) and base < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
         return (-1) ** exponent.numerator * _power(-base, exponent, number)  # the odd root is meant to be the real one
     value = number(base) ** exponent
@@ -295,8 +293,8 @@ def _factorial(number):
         raise ValueError("not an integer, or too large")
     return Fraction(math.factorial(int(number)))
 
-EXACT = {"+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms), "abs": abs,
-         "*": lambda *factors: reduce(lambda a, b: _bounded(a * b), factors),
+EXACT = {"+": lambda *terms: functools.reduce(lambda a, b: _bounded(a + b), terms), "abs": abs,
+         "*": lambda *factors: functools.reduce(lambda a, b: _bounded(a * b), factors),
          ":": lambda first, second: _bounded(first / second),
          "binomial": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k))}
 EXACT |= {"row": EXACT["+"], "matrix": EXACT["+"]}  # any number will do: it shows that all cells have bounded values
@@ -304,7 +302,7 @@ REAL = {**vars(math), **EXACT, "^": _power, "factorial": _factorial, "π": math.
 COMPLEX = {**REAL, **vars(cmath), "i": 1j}
 CONSTANTS = {"e", "π", "i", "∞"}
 RANGES = ((0.2, 0.9), (0.2, 0.9), (1.1, 2.9), (1.1, 2.9), (-0.9, -0.2), (-3, 3), (-3, 3))  # of the random points
-UNDEFINED = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+UNDEFINED = (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 def _names(node) -> set[str]:
     if isinstance(node, tuple):
@@ -412,8 +410,7 @@ def _equal_quantities(left, right) -> bool:
     """Equality of values. One side may leave out a unit, degree or percent sign; the other's then counts as one."""
     if _same_value(_replace(left, SCALES), _replace(right, SCALES)):
         return True
-    names = [_names(node) if isinstance(node, tuple) else () for node in (left, right)]
-    units = [{name: ONE for name in side if name.startswith("unit ")} for side in names]
+    units = [{name: ONE for name in _names(node) - {node} if name.startswith("unit ")} for node in (left, right)]
     return bool(units[0]) != bool(units[1]) and _same_value(_replace(left, units[0]), _replace(right, units[1]))
 
 def _designates(node) -> bool:
@@ -466,12 +463,10 @@ def math_equal(prediction: str, gold: str) -> bool:
         if sides[0] == sides[1] != ["\n"] or words[0] == words[1] and words[0].isalpha() and words[0][1:].islower():
             return True
         parsers = [_Parser(tokens, Fraction(10) if first_reading else "e") for tokens in sides]
-        try:
+        with contextlib.suppress(*UNDEFINED):
             trees = [parser.level() for parser in parsers]
             if all(parser.take("\n") for parser in parsers) and _equal(*trees):
                 return True
-        except UNDEFINED:
-            pass
     return False
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -780,16 +775,16 @@ class Verifier:
         """The future of a score. RuntimeError, with one line for the user, if it is code and cannot be run here."""
         if task == "code" and self.limits[0] != "limits" and refusal():
             raise RuntimeError(refusal())
-        return self.pool.submit(self._score, response, task, reference)
+        return self.pool.submit(self._score, (response, task, reference))
 
     def score_batch(self, items) -> list[float]:
         """The scores of (response, task, reference) triples, in order. Never raises: what cannot be scored gets 0.0."""
         items = list(items)
         if self.limits[0] != "limits" and any(task == "code" for _, task, _ in items) and refusal():
             print(f"verify.py: {refusal()}", file=sys.stderr)
-        return [future.result() for future in [self.pool.submit(self._score, *item) for item in items]]
+        return list(self.pool.map(self._score, items))
 
-    def _score(self, *item):
+    def _score(self, item):
         """In a thread of the pool: have its worker score an item."""
         thread, (_, timeout, total_timeout, _) = threading.get_ident(), self.limits
         try:
