@@ -109,6 +109,7 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
         best $estimator-prime "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator
     done
+    best grpo-prime-5e-5 5e-5 --estimator grpo
     for estimator in rloo reinforce grpo ppo; do  # whitening is a baseline as well
         best $estimator-outcome-no-whiten 4e-4 --estimator $estimator --reward outcome --no-whiten --prm-probe-every 0
         best $estimator-prime-no-whiten "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator --no-whiten
