@@ -1015,6 +1015,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     variance = ((values - mean) ** 2 * mask).sum() / (mask.sum() - 1).clamp(min=1)
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
+# PPO's is that of its process part, which has no baseline; its outcome part is GAE's.
 ESTIMATORS = {"rloo": rloo_advantages, "reinforce": reinforce_advantages, "grpo": grpo_advantages, "ppo": reinforce_advantages}
 
 def estimate_advantages(process_rewards: Tensor | None, batch: Batch, cfg: Config,

@@ -302,7 +302,6 @@ def test_whole_response_rewards_by_estimator(group):
         torch.testing.assert_close(advantages, plain)
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Models, engines and the loop, on a tiny model that knows one-digit sums half the time.
 
@@ -376,6 +375,10 @@ def some_rollouts(tokenizer, n=10):
     return rollouts
 
 
+def gradient_of(model):
+    return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+
+
 def test_token_logps_equal_transformers(loaded, sft):
     from transformers import AutoModelForCausalLM
     cfg, model, tokenizer = loaded
@@ -411,8 +414,7 @@ def test_micro_batches_by_budget_equal_one_by_one(loaded, monkeypatch):
             share = prime.token_values(model, batch, rows).sum() / batch.mask.sum()
             share.backward()
             loss += float(share.detach())
-        gradient = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
-        results.append((logps, torch.tensor(loss), gradient, len(passes)))
+        results.append((logps, torch.tensor(loss), gradient_of(model), len(passes)))
     assert [r[3] for r in results][0] == 10 and 1 < results[1][3] < 10 and results[2][3] == 1
     for other in results[1:]:
         for a, b in zip(results[0][:3], other[:3]):
@@ -459,20 +461,18 @@ def test_dpo_in_micro_batches_has_the_gradient_of_the_whole(sft, loaded, monkeyp
     batch, learner = prime.Batch.of(some_rollouts(loaded[2], 12)), prime.Learner(loaded[1], 0.0, 0.0, math.inf)
     ref_logps = prime.score(prime.load_model(sft, cfg, frozen=True), batch, cfg) - 0.5 * torch.rand_like(batch.mask) * batch.mask
 
-    def gradient():
-        return torch.cat([p.grad.full_tensor().flatten() for p in learner.model.parameters()])
-
     with monkeypatch.context() as patch:
         patch.setattr(learner.optimizer, "zero_grad", lambda: None)  # to read it after the update, which moves nothing at rate 0
         _, figures = prime.score_and_update_prm(learner, ref_logps, batch, cfg)
-    in_micro_batches = gradient()
+    in_micro_batches = gradient_of(learner.model)
     learner.optimizer.zero_grad()
     logps = prime.token_values(learner.model, batch, list(range(12)))
     sums = [cfg.beta * ((logps[i] - ref_logps[i]) * batch.mask[i]).sum() for i in range(12)]
     pairs = [(i, j) for g in range(0, 12, 4) for i in range(g, g + 4) for j in range(g, g + 4) if batch.outcomes[i] > batch.outcomes[j]]
     loss = -sum(torch.log(torch.sigmoid(sums[i] - sums[j])) for i, j in pairs) / len(pairs)
     loss.backward()
-    assert gradient().norm() > 0.01 and (in_micro_batches - gradient()).norm() < 1e-4 * gradient().norm()
+    gradient = gradient_of(learner.model)
+    assert gradient.norm() > 0.01 and (in_micro_batches - gradient).norm() < 1e-4 * gradient.norm()
     assert figures["prm/loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 

@@ -61,8 +61,8 @@ def write(name, columns, rows):
 def main():
     """Write the files and print the tables."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/study")
-    found = [read(path.with_suffix("") if path.suffix else path.parent)
-             for path in sorted([*root.glob("*/policy"), *root.glob("*.ended")])]
+    found = [read(folder) for folder in sorted(root.glob("*-[0-9]"))
+             if (folder / "policy").exists() or Path(f"{folder}.ended").exists()]
     if not found:
         sys.exit(f"study.py: no finished run in {root}: bash assets/study.sh makes them")
     ends = {(row["arm"], row["seed"]): row["accuracy_end"] for row, _, _ in found if "accuracy_end" in row}

@@ -99,6 +99,7 @@ export -f chains
 
 # Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone and for process rewards that are
 # not normalised, 2e-4 for those that are (GRPO 1e-4).
+prime_lr() { [ "$1" = grpo ] && echo 1e-4 || echo 2e-4; }
 best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 {
     best outcome 4e-4 --reward outcome --prm-probe-every 0 --eval-every 5
@@ -107,12 +108,12 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
     best outcome-no-filter 4e-4 --reward outcome --no-filter --prm-probe-every 0
     for estimator in reinforce grpo ppo; do
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
-        best $estimator-prime "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator
+        best $estimator-prime "$(prime_lr $estimator)" --estimator $estimator
     done
     best grpo-prime-5e-5 5e-5 --estimator grpo
     for estimator in rloo reinforce grpo ppo; do  # whitening is a baseline as well
         best $estimator-outcome-no-whiten 4e-4 --estimator $estimator --reward outcome --no-whiten --prm-probe-every 0
-        best $estimator-prime-no-whiten "$([ $estimator = grpo ] && echo 1e-4 || echo 2e-4)" --estimator $estimator --no-whiten
+        best $estimator-prime-no-whiten "$(prime_lr $estimator)" --estimator $estimator --no-whiten
     done
     for estimator in reinforce ppo; do best $estimator-prime-no-normalize 4e-4 --estimator $estimator --no-normalize; done
     # which PRM scores; its role, loss, reference, granularity
