@@ -47,20 +47,18 @@ for seed in $seeds 5 6; do echo "sft $seed"; done | two_at_a_time
 } | two_at_a_time
 
 # Part 2. Each estimator's learning rate, from one grid, on two seeds that are not reported and on miniature-val; process
-# rewards as the official code divides them and, where that matters, as the paper's text has them.
+# rewards as the official code divides them and, where that matters (GRPO divides them itself), as the paper's text has them.
+# The best mean wins; a run that ended early counts as 0.
 grid() { seeds="5 6" arm "grid-$1-$2-$3" --estimator "$1" --lr "$3" --eval-data miniature-val --prm-probe-every 0 "${@:4}"; }
-for lr in 2e-4 4e-4 8e-4 1e-4; do
+for lr in 5e-5 1e-4 2e-4 4e-4 8e-4; do
     for estimator in rloo grpo reinforce ppo; do
         grid $estimator outcome $lr --reward outcome
         grid $estimator prime $lr
     done
-done | two_at_a_time
-grid grpo prime 5e-5 | two_at_a_time
-for lr in 2e-4 4e-4 8e-4; do
     for estimator in rloo reinforce ppo; do grid $estimator prime-no-normalize $lr --no-normalize; done
     grid rloo prime-gamma-0 $lr --gamma 0
+    for weight in 0.1 0.3; do grid rloo prime-weight-$weight $lr --process-weight $weight; done
 done | two_at_a_time
-for weight in 0.1 0.3; do grid rloo prime-weight-$weight 4e-4 --process-weight $weight; done | two_at_a_time
 
 # Part 3. Longer chains and worse teachers: how much sooner an oracle reaches what outcomes alone reach, and what PRIME makes of it.
 chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
@@ -81,6 +79,7 @@ chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model
     [ "$1" = 12 ] || return 0
     options+=" --prm-probe-every 5"
     run prime.py chains-12-prime-nn-prmlr5e-5 "$seed" $options --no-normalize --prm-lr 5e-5
+    run prime.py chains-12-prime-nn-prmlr5e-5-gamma-0 "$seed" $options --no-normalize --prm-lr 5e-5 --gamma 0
     [ "$seed" = 5 ] || return 0  # looks at one seed: other rates and normalisation, trained PRMs, larger batches
     run prime.py chains-12-prime-no-normalize 5 $options --no-normalize
     run prime.py chains-12-prime-prmlr5e-5 5 $options --prm-lr 5e-5
@@ -98,8 +97,8 @@ export -f chains
 } | two_at_a_time
 
 # Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone and for process rewards that are
-# not normalised, 2e-4 for those that are (GRPO 1e-4).
-prime_lr() { [ "$1" = grpo ] && echo 1e-4 || echo 2e-4; }
+# not normalised, 2e-4 for those that are (GRPO 5e-5).
+prime_lr() { [ "$1" = grpo ] && echo 5e-5 || echo 2e-4; }
 best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 {
     best outcome 4e-4 --reward outcome --prm-probe-every 0 --eval-every 5
@@ -110,7 +109,7 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
         best $estimator-prime "$(prime_lr $estimator)" --estimator $estimator
     done
-    best grpo-prime-5e-5 5e-5 --estimator grpo
+    best grpo-prime-1e-4 1e-4 --estimator grpo  # what the grid has without the run that ended
     for estimator in rloo reinforce grpo ppo; do  # whitening is a baseline as well
         best $estimator-outcome-no-whiten 4e-4 --estimator $estimator --reward outcome --no-whiten --prm-probe-every 0
         best $estimator-prime-no-whiten "$(prime_lr $estimator)" --estimator $estimator --no-whiten
