@@ -40,7 +40,7 @@ def read(folder):
 def baseline(arm):
     """The outcome-only arm of the same part of the study."""
     if arm.startswith("chains-"):
-        return re.match(r"chains-\d+-(p128-)?", arm)[0] + "outcome"
+        return re.match(r"chains-\d+-(p128-|k8-|long-)?", arm)[0] + "outcome"
     if arm.startswith("four-updates"):
         return "four-updates-outcome"
     return "best-outcome" if arm.startswith("best-") else "outcome"

@@ -80,11 +80,19 @@ chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model
     options+=" --prm-probe-every 5"
     run prime.py chains-12-prime-nn-prmlr5e-5 "$seed" $options --no-normalize --prm-lr 5e-5
     run prime.py chains-12-prime-nn-prmlr5e-5-gamma-0 "$seed" $options --no-normalize --prm-lr 5e-5 --gamma 0
-    [ "$seed" = 5 ] || return 0  # looks at one seed: other rates and normalisation, trained PRMs, larger batches
+    [ "$seed" = 0 ] && {  # a longer budget, where 60 steps teach nothing
+        run prime.py chains-12-long-outcome 0 $options --steps 120 --reward outcome
+        run assets/oracle.py chains-12-long-oracle-gamma-0 0 $options --steps 120 --gamma 0
+    }
+    [ "$seed" = 5 ] || return 0  # looks at one seed: other rates and normalisation, trained PRMs, K, larger batches
     run prime.py chains-12-prime-no-normalize 5 $options --no-normalize
     run prime.py chains-12-prime-prmlr5e-5 5 $options --prm-lr 5e-5
     run prime.py chains-12-prm-only 5 $options --prm-warmup-steps 80 --steps 80
     run prime.py chains-12-prime-from-prm-nn 5 $options --prm "$runs/chains-12-prm-only-5/prm" --prm-lr 5e-5 --no-normalize
+    local k8="--prompts-per-step 16 --group-size 8"
+    run prime.py chains-12-k8-outcome 5 $options $k8 --reward outcome
+    run prime.py chains-12-k8-prime-gamma-0 5 $options $k8 --no-normalize --prm-lr 5e-5 --gamma 0
+    run assets/oracle.py chains-12-k8-oracle-gamma-0 5 $options $k8 --gamma 0
     options+=" --prompts-per-step 128 --steps 30 --lr 1e-4"  # four updates a step
     run prime.py chains-12-p128-outcome 5 $options --reward outcome
     run prime.py chains-12-p128-prime 5 $options --no-normalize
