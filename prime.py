@@ -177,9 +177,9 @@ def blaming(what: str, remedy: str = ""):
     """Make whatever a library raises (the hub client has dozens of kinds) one line: what failed, why, and what would help."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as e:
+    except BaseException as e:  # torch's CheckpointException is no Exception
         cause = " ".join(str(e).split())[:300] or type(e).__name__
         raise UserError(f"{what} ({cause}){remedy}") from None
 
@@ -1212,13 +1212,15 @@ PAGE = Path(__file__).parent / "assets" / "inspect.html"  # the page without its
 
 def inspect_page(problems: Problems, groups: list[list[Rollout]], models: Models, tokenizer, cfg: Config, step: int) -> str:
     """A self-contained page of 16 groups, those with right and wrong responses first, each token with its reward."""
+    from tokenizers.decoders import DecodeStream
     groups = sorted(groups, key=lambda group: len({r.outcome for r in group}) == 1)[:16]
     rewards, shown = iter(process_rewards_of([r for group in groups for r in group], models, cfg).tolist()), []
     for group in groups:
-        texts = [tokenizer.batch_decode([[token] for token in r.ids]) for r in group]
-        responses = [{"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(tokens, row))}
-                     for r, row, tokens in zip(group, rewards, texts)]
-        problem = problems[group[0].index]
+        responses, problem = [], problems[group[0].index]
+        for r, row in zip(group, rewards):
+            stream = DecodeStream(skip_special_tokens=False)  # of a character in pieces, the last token shows it
+            texts = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in r.ids]
+            responses.append({"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(texts, row))})
         shown.append({"prompt": str(problem.prompt), "reference": str(problem.reference), "responses": responses})
     data = {"title": "PRIME: implicit process rewards", "set": problems.name, "step": step, "beta": cfg.beta, "groups": shown}
     script = json.dumps(data).replace("<", "\\u003c")  # no text can end it
@@ -1352,8 +1354,9 @@ def load_checkpoint(run: Run, models: Models, queue: PromptQueue, cfg: Config) -
         save_checkpoint(run, 0, models, queue) if cfg.sft_data else run.rewind(0)
         return 0
     folder = run.folder / "checkpoints" / f"step-{max(steps)}"
-    dcp.load(checkpointed(models), checkpoint_id=folder)
-    progress = json.loads((folder / "progress.json").read_text())
+    with blaming(f"--resume {run.folder}: its checkpoint does not fit this version of prime.py or is damaged"):
+        dcp.load(checkpointed(models), checkpoint_id=folder)
+        progress = json.loads((folder / "progress.json").read_text())
     run.rewind(progress["metrics_bytes"])
     queue.state = progress["queue"]
     return max(steps)

@@ -16,7 +16,7 @@ import sys
 import time
 import types
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 import pytest
 import torch
@@ -248,58 +248,61 @@ def test_majority_vote_pools_equal_answers():
     assert prime.majority_vote([response("", 0.0)]) == 0.0
 
 
-def batch_of(group, cfg_changes):
+def plain_advantages(rewards, outcomes, values, lengths, cfg):
+    """The advantages that the options of cfg ask for, by their definitions: lists and loops, nothing of prime.py."""
+    rows = [row[:n - 1] + [row[n - 1] * cfg.last_token] for row, n in zip(rewards, lengths)]
+    if cfg.granularity == "whole":
+        rows = [[0.0] * (len(row) - 1) + [sum(row)] for row in rows]
+    if cfg.normalize:
+        largest = max(abs(sum(row[t:])) for row in rows for t in range(len(row)))
+        rows = [[r / largest for r in row] for row in rows]
+    means = [fmean(row) for row in rows]
+
+    def centred(x, i, of):
+        """x less the baseline that the numbers `of`, one a response, make for response i."""
+        group, rest = [of[j] for j in (i, *others(i))], [of[j] for j in others(i)]
+        return {"rloo": x - fmean(rest), "grpo": (x - fmean(group)) / (stdev(group) + 1e-6)}.get(cfg.estimator, x)
+
+    def token(r, i):
+        official = r * K / (K - 1) - sum(means[j] for j in (i, *others(i))) / (K - 1)
+        return official if cfg.process_baseline == "official" else centred(r, i, means)
+
+    def advantage(i, t):
+        if cfg.prm_role == "value":
+            return outcomes[i] - sum(rewards[i][:t])
+        process = sum(cfg.gamma ** (s - t) * token(rows[i][s], i) for s in range(t, len(rows[i])))
+        process = centred(rows[i][-1], i, [row[-1] for row in rows]) if cfg.granularity == "whole" else process
+        outcome = outcomes[i] - values[i][t] if cfg.estimator == "ppo" else centred(outcomes[i], i, outcomes)
+        return cfg.process_weight * process + cfg.outcome_weight * outcome * (cfg.reward != "process")
+
+    out = [[advantage(i, t) for t in range(n)] for i, n in enumerate(lengths)]
+    tokens = sum(out, [])
+    scale = math.sqrt(variance(tokens) + 1e-8)
+    return [[(a - fmean(tokens)) / scale for a in row] if cfg.whiten else row for row in out]
+
+
+OF_EACH_ESTIMATOR = [
+    {}, {"gamma": 0.9}, {"granularity": "whole"}, {"last_token": False}, {"process_weight": 2.0, "outcome_weight": 0.5},
+    {"reward": "process"}, {"reward": "outcome"}, {"normalize": True}, {"whiten": True},
+    {"granularity": "whole", "last_token": False, "normalize": True, "process_weight": 3.0},
+    {"gamma": 0.5, "last_token": False, "normalize": True, "whiten": True, "outcome_weight": 2.0}]
+
+
+@pytest.mark.parametrize("changes", [
+    *({"estimator": name} | changes for name in ("rloo", "reinforce", "grpo", "ppo") for changes in OF_EACH_ESTIMATOR),
+    {"process_baseline": "official"}, {"process_baseline": "official", "gamma": 0.5, "normalize": True, "whiten": True},
+    {"prm_role": "value", "normalize": True}, {"prm_role": "value", "whiten": True}], ids=str)
+def test_advantages_by_option(group, changes):
     rewards, outcomes, mask, lengths = group
+    cfg = prime.Config(**dict(whiten=False, normalize=False) | changes)
     batch = prime.Batch([torch.zeros(1)] * len(lengths), [0] * len(lengths), mask, outcomes, mask)
-    return rewards * mask, batch, prime.Config(**dict(whiten=False, normalize=False) | cfg_changes)
-
-
-def test_estimators_by_option(group):
-    rewards, batch, cfg = batch_of(group, {})
-    mask, outcomes = batch.mask, batch.outcomes
-    none = torch.zeros_like(mask)
-
-    def advantages(values=None, process=rewards, **changes):
-        return prime.estimate_advantages(process, batch, dataclasses.replace(cfg, **changes), values)[0]
-
-    torch.testing.assert_close(advantages(), prime.rloo_advantages(rewards, outcomes, mask, K))
-    torch.testing.assert_close(advantages(process=None, reward="outcome"), prime.rloo_advantages(none, outcomes, mask, K))
-    torch.testing.assert_close(advantages(reward="process"), prime.rloo_advantages(rewards, outcomes * 0, mask, K))
-    torch.testing.assert_close(advantages(process_weight=2.0, outcome_weight=0.5),
-                               prime.rloo_advantages(2 * rewards, outcomes / 2, mask, K))
-    torch.testing.assert_close(advantages(granularity="whole"),
-                               prime.rloo_advantages(none, outcomes + rewards.sum(-1), mask, K))
-    torch.testing.assert_close(advantages(estimator="grpo"), prime.grpo_advantages(rewards, outcomes, mask, K))
-    torch.testing.assert_close(advantages(whiten=True), prime.whiten(prime.rloo_advantages(rewards, outcomes, mask, K), mask))
-    torch.testing.assert_close(advantages(normalize=True),
-                               prime.rloo_advantages(prime.normalize_rewards(rewards, mask), outcomes, mask, K))
-    cut = rewards.clone()
-    for i, n in enumerate(group[3]):
-        cut[i, n - 1] = 0
-    torch.testing.assert_close(advantages(last_token=False), prime.rloo_advantages(cut, outcomes, mask, K))
-    values = torch.randn_like(mask) * mask
-    expected = torch.zeros_like(mask)  # gamma = lambda = 1: r_o - V(y_<t), plus the process rewards to go
-    value_role = torch.zeros_like(mask)  # r_o - v_phi(y_<t)
-    for i, n in enumerate(group[3]):
-        for t in range(n):
-            expected[i, t] = outcomes[i] - values[i, t] + rewards[i, t:n].sum()
-            value_role[i, t] = outcomes[i] - rewards[i, :t].sum()
-    torch.testing.assert_close(advantages(values, estimator="ppo"), expected)
-    torch.testing.assert_close(advantages(prm_role="value", normalize=True), value_role)
-
-
-def test_whole_response_rewards_by_estimator(group):
-    rewards, batch, cfg = batch_of(group, {"granularity": "whole"})
-    outcomes, values, sums = batch.outcomes.tolist(), torch.randn_like(batch.mask) * batch.mask, rewards.sum(-1).tolist()
-    reinforce, grpo, ppo = (torch.zeros_like(batch.mask) for _ in range(3))  # R_phi(y) as a second outcome, on every token
-    for i, n in enumerate(group[3]):
-        others = range(i // K * K, i // K * K + K)
-        standard = [(x[i] - fmean(x[j] for j in others)) / (stdev([x[j] for j in others]) + 1e-6) for x in (sums, outcomes)]
-        for t in range(n):
-            reinforce[i, t], grpo[i, t], ppo[i, t] = outcomes[i] + sums[i], sum(standard), outcomes[i] - values[i, t] + sums[i]
-    for estimator, plain in {"reinforce": reinforce, "grpo": grpo, "ppo": ppo}.items():
-        advantages, _ = prime.estimate_advantages(rewards, batch, dataclasses.replace(cfg, estimator=estimator), values)
-        torch.testing.assert_close(advantages, plain)
+    values, rewards = torch.randn_like(mask) * mask, rewards * mask * (cfg.reward != "outcome")
+    advantages, targets = prime.estimate_advantages(None if cfg.reward == "outcome" else rewards, batch, cfg, values)
+    expected = plain_advantages(rewards.tolist(), outcomes.tolist(), values.tolist(), lengths, cfg)
+    for i, row in enumerate(expected):
+        torch.testing.assert_close(advantages[i], torch.tensor(row + [0.0] * (T - len(row)), dtype=torch.float64))
+    if cfg.estimator == "ppo":  # the critic learns the outcome itself
+        torch.testing.assert_close(targets, outcomes[:, None] * mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -707,6 +710,25 @@ def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
     assert 0 <= metrics(tmp_path / "eval")[0]["eval/sums/best_of@2"] <= 1
 
 
+def test_page_shows_any_text_as_text(data, monkeypatch):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a token a byte
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = "∑ 猫 </script><script>alert(1)</script>"
+    ids = tokenizer.encode(text).ids
+    monkeypatch.setattr(prime, "process_rewards_of", lambda rollouts, *_: torch.arange(float(len(ids))).expand(2, -1))
+    cfg = prime.Config(prompt_suffix="")
+    page = prime.inspect_page(prime.Problems(data, cfg), [[prime.Rollout(0, [1], ids, None)] * 2], None,
+                              PreTrainedTokenizerFast(tokenizer_object=tokenizer), cfg, 3)
+    assert page.count("</script>") == prime.PAGE.read_text().count("</script>")
+    shown, _ = json.JSONDecoder().raw_decode(page[page.index('{"title"'):])
+    tokens = shown["groups"][0]["responses"][1]["tokens"]
+    assert "".join(piece for piece, _ in tokens) == text and [reward for _, reward in tokens] == list(range(len(ids)))
+    assert tokens[:4] == [["", 0.0], ["", 1.0], ["∑", 2.0], [" ", 3.0]]
+
+
 def test_sft_alone_on_one_process_and_under_torchrun(sft, work, tmp_path, capsys):
     """Rows in Eurus-2-SFT-Data's schema: the loss is that of transformers on the responses, on any number of processes."""
     from safetensors.torch import load_file
@@ -1093,6 +1115,11 @@ def test_a_run_folder_is_never_overwritten(arguments, tmp_path, capsys):
     assert prime.main(arguments(tmp_path / "run", "--steps", 1)) == 2
     assert prime.main(["--resume", str(tmp_path / "run"), "--lr", "1"]) == 2
     assert "--lr conflicts" in capsys.readouterr().err
+    for shard in (tmp_path / "run" / "checkpoints" / "step-1").glob("*.distcp"):
+        shard.write_bytes(b"damaged")
+    assert prime.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("prime.py: error: --resume") and "checkpoint" in error, error
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -1163,7 +1190,7 @@ EQUAL = {
                   (r"\sin^{-1} 1", r"\frac{\pi}{2}"), (r"\sec x", r"\frac{1}{\cos x}")],
     "complex": [("3+2i", "2i+3"), (r"\frac{1}{i}", "-i"), (r"e^{i\pi}", "-1"), (r"\sqrt{-9}", "3i")],
     "quantities": [(r"35\%", "35"), ("0.35", r"35\%"), ("40°", "40^{\\circ}"), (r"180^\circ", r"\pi"),
-                   (r"\$9", "9"), (r"7 \text{ cm}", "7"),
+                   (r"\$9", "9"), (r"\$1,234.50", "1234.5"), (r"7 \text{ cm}", "7"),
                    ("7 cm", r"7\mathrm{~cm}"), ("12 feet", r"12 \text{ ft}"),
                    (r"5 \text{ marbles}", "5"), (r"4 \text{ kPa}", "4"), (r"3 \text{ million}", "3000000")],
     "lists": [("x = 4", "4"), ("1, 2", "2,1"), (r"\{3, 1\}", "1, 3"), ("(1, 0.5)", r"(1,\frac12)"),
@@ -1200,7 +1227,7 @@ DIFFERENT = {
                (r"5 \text{ and } 6", "5"), (r"\pm 5", "5"),
                ("5 = 6", "5"), ("[4,6]", "5"), ("x > 5", "5"), (r"x\le5", "x=5"), (r"5 \pm 1", "5"),
                ("(A) or (B)", "A"), (r"\text{about } 5", "5")],
-    "percent": [(r"35\%", "3500"), ("0.35", "35"), (r"35\%", r"0.35\%"), (r"\%", "1")],
+    "percent": [(r"35\%", "3500"), (r"\$5", r"5\%"), ("0.35", "35"), (r"35\%", r"0.35\%"), (r"\%", "1")],
     "containers": [("(1,2)", "(2,1)"), ("(1,2)", "[1,2)"), (r"\{1,2\}", "(1,2)"), ("1,2", "1,2,3"),
                    ("(1,2),(3,4)", r"(1,2)\cup(3,4)"), ("x=1, y=2", "(2,1)"), ("x=1, x=2", "(1,2)"),
                    ("|x|<3", r"(-\infty,3)"),

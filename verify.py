@@ -91,6 +91,7 @@ REWRITES = (  # patterns and what takes their place, in this order
     (r"\\(begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\}(?:\s*\{[clr| ]*\})?", r"\\\1 "),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"(?<=[0-9])\s*m(?=[²³])", ' "m'),
+    (r"\\\$\s*([0-9]+(?:[,.][0-9]+)*)", r'\1 "dollar '),  # \$5 is no 5%
     (r"(?<![A-Za-z])([A-DF-Za-df-hj-z])\s*(?:\\left)?\(([0-9]+)(?:\\right)?\)", r"\1_{\2}"),  # f(0) is no product
     (r"(frac\s*[0-9])(?=[0-9])", r"\1 "),  # \frac12
     (r"(?<![0-9])\.(?=[0-9])", "0."),
