@@ -707,6 +707,17 @@ class HFEngine:
 
     close = sleep
 
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor, k: int):
+        """The cache of prompts (b, L), read once for all K responses, but for the last token, which generate reads."""
+        if ids.shape[1] == 1:
+            return None
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = self.lm.base_model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+                                   use_cache=True).past_key_values
+        cache.batch_repeat_interleave(k)
+        return cache
+
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
         """K responses a prompt of token ids; yields (prompt number, ids, logps or None, truncated). temperature 0: greedy."""
         torch.manual_seed(seed)
@@ -715,8 +726,8 @@ class HFEngine:
         for chunk in [order[start:start + size] for start in range(0, len(order), size)]:
             ids = padded((prompts[i] for i in chunk), "left")
             mask = padded(([1] * len(prompts[i]) for i in chunk), "left")
-            out = self.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, num_return_sequences=k,
-                                   **sampling)
+            out = self.lm.generate(input_ids=ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0),
+                                   past_key_values=self.read(ids, mask, k), max_new_tokens=max_tokens, **sampling)
             for row, tokens in enumerate(out[:, ids.shape[1]:].tolist()):
                 length = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
                 yield chunk[row // k], tokens[:length], None, length is None
@@ -729,12 +740,13 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else a screenful at each sync
         self.cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
         launcher = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
+        blocks = {} if self.cuda else {"block_size": 32}  # else no K responses share a prompt below 128 tokens
         with blaming("--rollout vllm: the engine does not start", "; pip install vllm, another --vllm-memory, or --rollout hf"):
             import vllm
             self.llm = vllm.LLM(
                 name, dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, seed=cfg.seed,
                 gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
-                logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher)
+                logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher, **blocks)
         torch.set_num_threads(threads)  # vLLM leaves one; an Adam in host memory needs them all
         self.llm.llm_engine.engine_core._finalizer.atexit = False  # after a failure: see Sampler.__exit__
         self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
