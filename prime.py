@@ -177,9 +177,9 @@ def blaming(what: str, remedy: str = ""):
     """Make whatever a library raises (the hub client has dozens of kinds) one line: what failed, why, and what would help."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except UserError:
         raise
-    except BaseException as e:  # torch's CheckpointException is no Exception
+    except Exception as e:
         cause = " ".join(str(e).split())[:300] or type(e).__name__
         raise UserError(f"{what} ({cause}){remedy}") from None
 
@@ -708,14 +708,14 @@ class HFEngine:
     close = sleep
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor, k: int):
-        """The cache of prompts (b, L), read once for all K responses, but for the last token, which generate reads."""
+    def prefill(self, ids: Tensor, mask: Tensor, k: int):
+        """The cache of prompts (b, L) without their last token, which generate reads, K times each."""
         if ids.shape[1] == 1:
             return None
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = self.lm.base_model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                                    use_cache=True).past_key_values
-        cache.batch_repeat_interleave(k)
+        cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(k))
         return cache
 
     def generate(self, prompts: list[list[int]], k: int, max_tokens: int, temperature: float, seed: int) -> Iterator[tuple]:
@@ -727,7 +727,7 @@ class HFEngine:
             ids = padded((prompts[i] for i in chunk), "left")
             mask = padded(([1] * len(prompts[i]) for i in chunk), "left")
             out = self.lm.generate(input_ids=ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0),
-                                   past_key_values=self.read(ids, mask, k), max_new_tokens=max_tokens, **sampling)
+                                   past_key_values=self.prefill(ids, mask, k), max_new_tokens=max_tokens, **sampling)
             for row, tokens in enumerate(out[:, ids.shape[1]:].tolist()):
                 length = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
                 yield chunk[row // k], tokens[:length], None, length is None
@@ -1222,17 +1222,25 @@ def evaluate(sampler: Sampler, sets: list[Problems], models: Models, cfg: Config
 
 PAGE = Path(__file__).parent / "assets" / "inspect.html"  # the page without its data
 
+def token_texts(ids: list[int], tokenizer) -> list[str]:
+    """The text of each token behind the one before it; of a character in pieces, the last one has it."""
+    texts, start, end = [], 0, 0
+    for t in range(1, len(ids) + 1):
+        before, text = tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start:t])
+        whole = not text.endswith("\ufffd") or t == len(ids)
+        texts.append(text[len(before):] if whole else "")
+        start, end = (end, t) if whole else (start, end)
+    return texts
+
 def inspect_page(problems: Problems, groups: list[list[Rollout]], models: Models, tokenizer, cfg: Config, step: int) -> str:
     """A self-contained page of 16 groups, those with right and wrong responses first, each token with its reward."""
-    from tokenizers.decoders import DecodeStream
     groups = sorted(groups, key=lambda group: len({r.outcome for r in group}) == 1)[:16]
     rewards, shown = iter(process_rewards_of([r for group in groups for r in group], models, cfg).tolist()), []
     for group in groups:
         responses, problem = [], problems[group[0].index]
         for r, row in zip(group, rewards):
-            stream = DecodeStream(skip_special_tokens=False)  # of a character in pieces, the last token shows it
-            texts = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in r.ids]
-            responses.append({"outcome": r.outcome, "reward": sum(row), "tokens": list(zip(texts, row))})
+            tokens = list(zip(token_texts(r.ids, tokenizer), row))
+            responses.append({"outcome": r.outcome, "reward": sum(row), "tokens": tokens})
         shown.append({"prompt": str(problem.prompt), "reference": str(problem.reference), "responses": responses})
     data = {"title": "PRIME: implicit process rewards", "set": problems.name, "step": step, "beta": cfg.beta, "groups": shown}
     script = json.dumps(data).replace("<", "\\u003c")  # no text can end it
@@ -1366,8 +1374,11 @@ def load_checkpoint(run: Run, models: Models, queue: PromptQueue, cfg: Config) -
         save_checkpoint(run, 0, models, queue) if cfg.sft_data else run.rewind(0)
         return 0
     folder = run.folder / "checkpoints" / f"step-{max(steps)}"
-    with blaming(f"--resume {run.folder}: its checkpoint does not fit this version of prime.py or is damaged"):
-        dcp.load(checkpointed(models), checkpoint_id=folder)
+    with blaming(f"--resume {run.folder}: its checkpoint cannot be loaded"):
+        try:
+            dcp.load(checkpointed(models), checkpoint_id=folder)
+        except dcp.api.CheckpointException as e:  # no Exception itself, it holds each rank's
+            raise next(iter(e.failures.values()))[0] from None
         progress = json.loads((folder / "progress.json").read_text())
     run.rewind(progress["metrics_bytes"])
     queue.state = progress["queue"]

@@ -55,6 +55,7 @@ def group():
     lengths[0] = T
     mask = (torch.arange(T) < lengths[:, None]).double()
     rewards = torch.randn(P * K, T, generator=g, dtype=torch.float64)  # garbage outside the mask, on purpose
+    rewards[0, 0], rewards[0, T - 2] = 9, -9  # the largest reward-to-go is negative, and not a whole response's
     outcomes = torch.rand(P * K, generator=g, dtype=torch.float64).round(decimals=1)
     return rewards, outcomes, mask, lengths.tolist()
 
@@ -270,8 +271,10 @@ def plain_advantages(rewards, outcomes, values, lengths, cfg):
     def advantage(i, t):
         if cfg.prm_role == "value":
             return outcomes[i] - sum(rewards[i][:t])
-        process = sum(cfg.gamma ** (s - t) * token(rows[i][s], i) for s in range(t, len(rows[i])))
-        process = centred(rows[i][-1], i, [row[-1] for row in rows]) if cfg.granularity == "whole" else process
+        if cfg.granularity == "whole":
+            process = centred(rows[i][-1], i, [row[-1] for row in rows])
+        else:
+            process = sum(cfg.gamma ** (s - t) * token(rows[i][s], i) for s in range(t, len(rows[i])))
         outcome = outcomes[i] - values[i][t] if cfg.estimator == "ppo" else centred(outcomes[i], i, outcomes)
         return cfg.process_weight * process + cfg.outcome_weight * outcome * (cfg.reward != "process")
 
@@ -537,13 +540,13 @@ def test_hf_engine_is_greedy_and_seeded(loaded, sft):
     cfg, model, tokenizer = loaded
     engine = prime.make_engine(sft, tokenizer, dataclasses.replace(cfg, rollout="hf", rollout_batch=6))
     prompts = [tokenizer(t)["input_ids"] for t in ("1+2=", "7", "9+9=", "3+4=3+4=", "5+5=")]
-    found = {i: (ids, truncated) for i, ids, _, truncated in engine.generate(prompts, 1, 12, 0.0, 0)}
+    found = [{i: (ids, truncated) for i, ids, _, truncated in engine.generate(prompts, k, 12, 0.0, 0)} for k in (1, 2)]
     for i, prompt in enumerate(prompts):  # mixed lengths: padded on the left
         expected = []
         while len(expected) < 12 and 1 not in expected:
             with torch.no_grad():
                 expected.append(int(engine.lm(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        assert found[i] == (expected, 1 not in expected)
+        assert found[0][i] == found[1][i] == (expected, 1 not in expected)
     for temperature in (1.0, 0.7):
         found = list(engine.generate(prompts, 4, 12, temperature, 5))
         assert sorted(i for i, *_ in found) == sorted(list(range(5)) * 4)
@@ -727,6 +730,18 @@ def test_page_shows_any_text_as_text(data, monkeypatch):
     tokens = shown["groups"][0]["responses"][1]["tokens"]
     assert "".join(piece for piece, _ in tokens) == text and [reward for _, reward in tokens] == list(range(len(ids)))
     assert tokens[:4] == [["", 0.0], ["", 1.0], ["∑", 2.0], [" ", 3.0]]
+
+
+def test_token_texts_of_a_tokenizer_with_byte_fallback():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    vocab = {token: i for i, token in enumerate(["<unk>", "▁the", "▁cat", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    pieces = [3 + byte for byte in "\né🦜".encode()[:-2]]  # a response that ends inside a character
+    texts = prime.token_texts([1, 2, *pieces], PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert texts == ["the", " cat", "\n", "", "é", "", "\ufffd\ufffd"]
 
 
 def test_sft_alone_on_one_process_and_under_torchrun(sft, work, tmp_path, capsys):
@@ -1119,7 +1134,7 @@ def test_a_run_folder_is_never_overwritten(arguments, tmp_path, capsys):
         shard.write_bytes(b"damaged")
     assert prime.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("prime.py: error: --resume") and "checkpoint" in error, error
+    assert error.startswith("prime.py: error: --resume") and "Traceback" not in error, error
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -1190,7 +1205,8 @@ EQUAL = {
                   (r"\sin^{-1} 1", r"\frac{\pi}{2}"), (r"\sec x", r"\frac{1}{\cos x}")],
     "complex": [("3+2i", "2i+3"), (r"\frac{1}{i}", "-i"), (r"e^{i\pi}", "-1"), (r"\sqrt{-9}", "3i")],
     "quantities": [(r"35\%", "35"), ("0.35", r"35\%"), ("40°", "40^{\\circ}"), (r"180^\circ", r"\pi"),
-                   (r"\$9", "9"), (r"\$1,234.50", "1234.5"), (r"7 \text{ cm}", "7"),
+                   (r"\$9", "9"), (r"\$1,234.50", "1234.5"), (r"\$1,\!234", "1234"), (r"\$1{,}234", "1234"),
+                   (r"\$3\frac12", "3.5"), (r"\$10^6", "1000000"), (r"-\$.5", "-0.5"), (r"7 \text{ cm}", "7"),
                    ("7 cm", r"7\mathrm{~cm}"), ("12 feet", r"12 \text{ ft}"),
                    (r"5 \text{ marbles}", "5"), (r"4 \text{ kPa}", "4"), (r"3 \text{ million}", "3000000")],
     "lists": [("x = 4", "4"), ("1, 2", "2,1"), (r"\{3, 1\}", "1, 3"), ("(1, 0.5)", r"(1,\frac12)"),
@@ -1227,7 +1243,7 @@ DIFFERENT = {
                (r"5 \text{ and } 6", "5"), (r"\pm 5", "5"),
                ("5 = 6", "5"), ("[4,6]", "5"), ("x > 5", "5"), (r"x\le5", "x=5"), (r"5 \pm 1", "5"),
                ("(A) or (B)", "A"), (r"\text{about } 5", "5")],
-    "percent": [(r"35\%", "3500"), (r"\$5", r"5\%"), ("0.35", "35"), (r"35\%", r"0.35\%"), (r"\%", "1")],
+    "percent": [(r"35\%", "3500"), (r"\$5", r"5\%"), (r"\$10^2", "10"), ("0.35", "35"), (r"35\%", r"0.35\%"), (r"\%", "1")],
     "containers": [("(1,2)", "(2,1)"), ("(1,2)", "[1,2)"), (r"\{1,2\}", "(1,2)"), ("1,2", "1,2,3"),
                    ("(1,2),(3,4)", r"(1,2)\cup(3,4)"), ("x=1, y=2", "(2,1)"), ("x=1, x=2", "(1,2)"),
                    ("|x|<3", r"(-\infty,3)"),

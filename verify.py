@@ -61,13 +61,13 @@ SPELLINGS = {  # tokens, and how else they are spelled
     "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "<": r"\lt", ">": r"\gt", "≠": r"\ne \neq !=",
     "=": "==", "≈": r"\approx", "∈": r"\in", "*": r"\cdot \times \ast · × ⋅", "/": r"\div ÷", "^": "**",
     "+": "plus", "-": "− – minus", "∓": r"\mp", "^ 2": "²", "^ 3": "³", "∞": r"\infty oo inf infinity", "∪": r"\cup",
-    "unit °": r"° \circ \degree degrees degree", "unit %": r"% \% percent percentage pct", r"\{": r"\lbrace",
-    r"\}": r"\rbrace", r"\{ \}": r"\emptyset \varnothing ∅", "(": r"⟨ \langle", ")": r"⟩ \rangle",
+    "unit °": r"° \circ \degree degrees degree", "unit %": r"% \% percent percentage pct", "unit dollar *": r"\$",
+    r"\{": r"\lbrace", r"\}": r"\rbrace", r"\{ \}": r"\emptyset \varnothing ∅", "(": r"⟨ \langle", ")": r"⟩ \rangle",
     "|": r"\mid \vert \lvert \rvert", ",": "or and", r"\overline": r"\bar", "…": r"\ldots \dots",
     "* 1000": "thousand", "* 1000000": "million", "* 1000000000": "billion",
     r"\frac 1 2": "½", r"\frac 1 3": "⅓", r"\frac 2 3": "⅔", r"\frac 1 4": "¼", r"\frac 3 4": "¾"}
 SPELLINGS = {name: re.split("(?<!unit) ", tokens) for tokens, names in SPELLINGS.items() for name in names.split()}
-SKIPPED = set(r". $ \$ € £ ¥ ~ \, \; \: \! \( \) \[ \] \quad \qquad \left \right \big \Big \bigl \bigr \Bigl \Bigr "
+SKIPPED = set(r". $ € £ ¥ ~ \, \; \: \! \( \) \[ \] \quad \qquad \left \right \big \Big \bigl \bigr \Bigl \Bigr "
               r"\limits \boxed \displaystyle \mathbf \mathit \mathcal \boldsymbol".split()) | {"\\ ", "\\\n"}
 SYMBOLS = {"∞"} | {"\\" + name for name in (  # sums and accents count as factors
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
@@ -91,7 +91,7 @@ REWRITES = (  # patterns and what takes their place, in this order
     (r"\\(begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\}(?:\s*\{[clr| ]*\})?", r"\\\1 "),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"(?<=[0-9])\s*m(?=[²³])", ' "m'),
-    (r"\\\$\s*([0-9]+(?:[,.][0-9]+)*)", r'\1 "dollar '),  # \$5 is no 5%
+    (r"\\\$(?!\s*[0-9.])", ""),  # before a number it stays: \$5 is no 5%
     (r"(?<![A-Za-z])([A-DF-Za-df-hj-z])\s*(?:\\left)?\(([0-9]+)(?:\\right)?\)", r"\1_{\2}"),  # f(0) is no product
     (r"(frac\s*[0-9])(?=[0-9])", r"\1 "),  # \frac12
     (r"(?<![0-9])\.(?=[0-9])", "0."),

@@ -81,7 +81,8 @@ def main():
     write("curves.csv", CURVES, curves)
     print("grid of learning rates: avg@4 on miniature-val")
     for arm, runs in grid.items():
-        print(f"{arm[5:]:28} {cell([row.get('avg4_end') for row, _ in runs])}")
+        ended = sum("avg4_end" not in row for row, _ in runs)
+        print(f"{arm[5:]:28} {cell([row.get('avg4_end') for row, _ in runs])}" + f", {ended} ended" * (ended > 0))
     print("| arm | seeds | avg@4 | greedy | steps to outcome-only's end | PRM AUC, step 10 | at the end | s a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for arm, runs in arms.items():
