@@ -739,9 +739,10 @@ def test_token_texts_of_a_tokenizer_with_byte_fallback():
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                            decoders.Strip(" ", 1, 0)])
-    pieces = [3 + byte for byte in "\né🦜".encode()[:-2]]  # a response that ends inside a character
-    texts = prime.token_texts([1, 2, *pieces], PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-    assert texts == ["the", " cat", "\n", "", "é", "", "\ufffd\ufffd"]
+    newline, first, second, *emoji = (3 + byte for byte in "\né🦜".encode())
+    ids = [1, newline, first, second, 2, *emoji, 2, *emoji[:2]]  # ends inside a character
+    texts = prime.token_texts(ids, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert texts == ["the", "\n", "", "é", " cat", "", "", "", "🦜", " cat", "", "\ufffd\ufffd"]
 
 
 def test_sft_alone_on_one_process_and_under_torchrun(sft, work, tmp_path, capsys):
