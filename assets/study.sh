@@ -59,6 +59,7 @@ for lr in 5e-5 1e-4 2e-4 4e-4 8e-4; do
     grid rloo prime-gamma-0 $lr --gamma 0
     for weight in 0.1 0.3; do grid rloo prime-weight-$weight $lr --process-weight $weight; done
 done | two_at_a_time
+grid grpo prime 2.5e-5 | two_at_a_time  # the one row whose best was at the edge
 
 # Part 3. Longer chains and worse teachers: how much sooner an oracle reaches what outcomes alone reach, and what PRIME makes of it.
 chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
