@@ -59,7 +59,7 @@ for lr in 5e-5 1e-4 2e-4 4e-4 8e-4; do
     grid rloo prime-gamma-0 $lr --gamma 0
     for weight in 0.1 0.3; do grid rloo prime-weight-$weight $lr --process-weight $weight; done
 done | two_at_a_time
-grid grpo prime 2.5e-5 | two_at_a_time  # the one row whose best was at the edge
+for lr in 2.5e-5 1.25e-5; do grid grpo prime $lr; done | two_at_a_time  # the one row whose best was at the edge
 
 # Part 3. Longer chains and worse teachers: how much sooner an oracle reaches what outcomes alone reach, and what PRIME makes of it.
 chains() {  # TAG SEED LENGTH WRONG BELIEF SLIP SFT-BATCH: data and an SFT model, then the runs
@@ -106,8 +106,8 @@ export -f chains
 } | two_at_a_time
 
 # Part 4. The paper's claims, each arm at the rate that part 2 chose: 4e-4 for outcomes alone and for process rewards that are
-# not normalised, 2e-4 for those that are (GRPO 5e-5).
-prime_lr() { [ "$1" = grpo ] && echo 5e-5 || echo 2e-4; }
+# not normalised, 2e-4 for those that are (GRPO 2.5e-5).
+prime_lr() { [ "$1" = grpo ] && echo 2.5e-5 || echo 2e-4; }
 best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
 {
     best outcome 4e-4 --reward outcome --prm-probe-every 0 --eval-every 5
@@ -118,7 +118,7 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
         best $estimator-outcome 4e-4 --estimator $estimator --reward outcome --prm-probe-every 0
         best $estimator-prime "$(prime_lr $estimator)" --estimator $estimator
     done
-    best grpo-prime-1e-4 1e-4 --estimator grpo  # what the grid has without the run that ended
+    for lr in 5e-5 1e-4; do best grpo-prime-$lr $lr --estimator grpo; done  # whose spread in the grid is large
     for estimator in rloo reinforce grpo ppo; do  # whitening is a baseline as well
         best $estimator-outcome-no-whiten 4e-4 --estimator $estimator --reward outcome --no-whiten --prm-probe-every 0
         best $estimator-prime-no-whiten "$(prime_lr $estimator)" --estimator $estimator --no-whiten
