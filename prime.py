@@ -217,6 +217,11 @@ def check_config(cfg: Config, world: int) -> None:
          f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator}, --prm-loss {cfg.prm_loss} need 2")
     need(cfg.temperature > 0, "--temperature 0 samples the same response K times: give a positive one")
     need(cfg.filter_low <= cfg.filter_high, "--filter-low must not exceed --filter-high")
+    need(cfg.filter or (cfg.filter_low, cfg.filter_high) == (Config.filter_low, Config.filter_high),
+         "--no-filter leaves --filter-low and --filter-high without effect: drop them")
+    need(cfg.beta > 0, "--beta 0 makes every process reward 0: give a positive one")
+    need(cfg.process_weight * (cfg.reward != "outcome") + cfg.outcome_weight * (cfg.reward != "process") > 0,
+         "--process-weight and --outcome-weight leave every advantage 0: give one of them a positive weight")
     batch = cfg.prompts_per_step * cfg.group_size
     sizes = {"--minibatch": cfg.minibatch} | ({} if cfg.reward == "outcome" else {"--prm-minibatch": cfg.prm_minibatch})
     for name, size in sizes.items():
@@ -237,7 +242,7 @@ def check_config(cfg: Config, world: int) -> None:
         need(cfg.prm_role == "reward" or getattr(cfg, name) == getattr(Config, name),
              f"--prm-role value replaces the estimator: drop {flag(name)}")
     for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma",
-                 "beta", "process_weight", "process_baseline", "last_token", "normalize"):
+                 "prm_grad_clip", "beta", "process_weight", "process_baseline", "last_token", "normalize"):
         need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
              f"--reward outcome has no process reward: drop {flag(name)}")
 
