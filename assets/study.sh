@@ -124,10 +124,6 @@ best() { arm "best-$1" --lr "$2" --prm-probe-every 5 "${@:3}"; }
         best $estimator-prime-no-whiten "$(prime_lr $estimator)" --estimator $estimator --no-whiten
     done
     for estimator in reinforce ppo; do best $estimator-prime-no-normalize 4e-4 --estimator $estimator --no-normalize; done
-    k16="--group-size 16 --prompts-per-step 8"
-    best outcome-k16 4e-4 $k16 --reward outcome --prm-probe-every 0
-    best prime-k16 2e-4 $k16
-    best prime-no-normalize-k16 4e-4 $k16 --no-normalize
     # which PRM scores; its role, loss, reference, granularity
     best score-first-4 2e-4 --prm-minibatch 32 --prm-update score-first
     best single-4 2e-4 --prm-minibatch 32
