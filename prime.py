@@ -193,6 +193,11 @@ def check_config(cfg: Config, world: int) -> None:
         if not right:
             raise UserError(message)
 
+    def idle(here, why, *names):
+        """Refuse options that would do nothing here."""
+        for name in names:
+            need(not here or getattr(cfg, name) == getattr(Config, name), f"{why}: drop {flag(name)}")
+
     for name, value in dataclasses.asdict(cfg).items():
         need(not isinstance(value, (int, float)) or 0 <= value < math.inf, f"{flag(name)} must not be negative or infinite")
     for name in ("prompts_per_step", "group_size", "minibatch", "prm_minibatch", "token_budget", "max_response_tokens",
@@ -217,8 +222,7 @@ def check_config(cfg: Config, world: int) -> None:
          f"--group-size 1 leaves nothing to compare with: --estimator {cfg.estimator}, --prm-loss {cfg.prm_loss} need 2")
     need(cfg.temperature > 0, "--temperature 0 samples the same response K times: give a positive one")
     need(cfg.filter_low <= cfg.filter_high, "--filter-low must not exceed --filter-high")
-    need(cfg.filter or (cfg.filter_low, cfg.filter_high) == (Config.filter_low, Config.filter_high),
-         "--no-filter leaves --filter-low and --filter-high without effect: drop them")
+    idle(not cfg.filter, "--no-filter has no bounds", "filter_low", "filter_high")
     need(cfg.beta > 0, "--beta 0 makes every process reward 0: give a positive one")
     need(cfg.process_weight * (cfg.reward != "outcome") + cfg.outcome_weight * (cfg.reward != "process") > 0,
          "--process-weight and --outcome-weight leave every advantage 0: give one of them a positive weight")
@@ -230,21 +234,18 @@ def check_config(cfg: Config, world: int) -> None:
     need(cfg.reward == "outcome" or cfg.prm_minibatch % cfg.group_size == 0,
          f"--prm-minibatch {cfg.prm_minibatch} splits groups of {cfg.group_size}")
     need(cfg.prm_ref in ("sft", "policy"), "--prm-ref is 'sft' or 'policy' (a folder with --eval-only)")
-    need(cfg.reward != "process" or cfg.outcome_weight == 1, "--reward process has no outcome part: drop --outcome-weight")
+    idle(cfg.reward == "process", "--reward process has no outcome part", "outcome_weight")
     need(cfg.prm_ref == "sft" or cfg.temperature == 1, "--prm-ref policy needs --temperature 1")
     need(cfg.process_baseline == "token-mean" or cfg.estimator == "rloo", "--process-baseline belongs to --estimator rloo")
     need(cfg.granularity == "token" or cfg.gamma == 1 and cfg.process_baseline == "token-mean",
          "--granularity whole knows no --gamma and no --process-baseline")
     need(cfg.prm_update != "none" or cfg.prm_loss == "ce" and not cfg.prm_warmup_steps and (cfg.prm or cfg.reward == "outcome"),
          "--prm-update none needs a trained --prm, and no --prm-loss or --prm-warmup-steps")
-    for name in ("reward", "estimator", "process_baseline", "granularity", "gamma", "process_weight", "outcome_weight", "normalize",
-                 "last_token"):
-        need(cfg.prm_role == "reward" or getattr(cfg, name) == getattr(Config, name),
-             f"--prm-role value replaces the estimator: drop {flag(name)}")
-    for name in ("prm", "prm_ref", "prm_update", "prm_loss", "prm_warmup_steps", "granularity", "prm_role", "gamma",
-                 "prm_grad_clip", "beta", "process_weight", "process_baseline", "last_token", "normalize"):
-        need(cfg.reward != "outcome" or getattr(cfg, name) == getattr(Config, name),
-             f"--reward outcome has no process reward: drop {flag(name)}")
+    idle(cfg.prm_role == "value", "--prm-role value replaces the estimator", "reward", "estimator", "process_baseline",
+         "granularity", "gamma", "process_weight", "outcome_weight", "normalize", "last_token")
+    idle(cfg.reward == "outcome", "--reward outcome has no process reward", "prm", "prm_ref", "prm_update", "prm_loss",
+         "prm_warmup_steps", "granularity", "prm_role", "gamma", "prm_grad_clip", "beta", "process_weight",
+         "process_baseline", "last_token", "normalize")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems: a prompt, and what its responses are verified against.
