@@ -717,9 +717,7 @@ class HFEngine:
         for p in self.lm.parameters():
             p.data = p.data.new_empty(0)
 
-    def close(self) -> None:
-        """End torch.distributed, as shutting vLLM down does; so it comes last."""
-        dist.destroy_process_group()
+    close = sleep
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: Tensor, k: int):
@@ -763,7 +761,8 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs", disable_log_stats=True, **launcher, **blocks)
         torch.set_num_threads(threads)  # vLLM leaves one; an Adam in host memory needs them all
         self.llm.llm_engine.engine_core._finalizer.atexit = False  # after a failure: see Sampler.__exit__
-        self.params = lambda **kwargs: vllm.SamplingParams(logprobs=0, stop_token_ids=stop_ids, detokenize=False, **kwargs)
+        self.params = functools.partial(vllm.SamplingParams, logprobs=0, stop_token_ids=stop_ids, detokenize=False,
+                                        output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Wake, and take the policy's weights."""
@@ -780,7 +779,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
     def close(self) -> None:
-        """Shut the engine down, which also ends torch.distributed."""
+        """Shut the engine down; this also ends torch.distributed, so it comes last."""
         self.llm.wake_up()  # asleep, its memory cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
 
@@ -1546,7 +1545,10 @@ def main(argv: list[str] | None = None) -> int:
         check_config(cfg, world)
         setup_distributed()
         run = Run(cfg)
-        return evaluate_only(cfg, run) if cfg.eval_only else train(cfg, run)
+        code = evaluate_only(cfg, run) if cfg.eval_only else train(cfg, run)
+        if dist.is_initialized():  # vLLM has ended it
+            dist.destroy_process_group()
+        return code
     except (UserError, OSError) as e:
         message = str(e)
         if run and run.main and not cfg.resume and not run.metrics.stat().st_size:
@@ -1554,7 +1556,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         if "out of memory" not in str(e).lower():
             raise
-        message = ("out of GPU memory; what helps: a smaller --token-budget, --activation-checkpointing, --prm-ref policy, "
+        message = ("out of memory; what helps: a smaller --token-budget, --activation-checkpointing, --prm-ref policy, "
                    f"--cpu-offload, a smaller --vllm-memory or --rollout-batch, more GPUs ({str(e).split('. ')[0]})")
     except KeyboardInterrupt:
         return 130

@@ -19,13 +19,15 @@ def activation_bytes(layers: int, hidden: int, kv: int, inner: int, checkpointin
 def gigabytes(size: str, gpus: int, tokens: int, checkpointing=False, offload=False, policy_reference=False) -> float:
     """What PyTorch holds on a GPU at the peak of a PRM or policy update with micro-batches of so many tokens."""
     parameters, layers, hidden, kv, inner, vocabulary, tied = QWEN2_5[size]
-    states = parameters / gpus * (2 * state_bytes(True) + (0 if policy_reference else state_bytes(False)))
+    reference = 0 if policy_reference else state_bytes(False)
+    states = parameters / gpus * (2 * state_bytes(True) - 4 + reference)  # only the model in its update has gradients
     embeddings = vocabulary * hidden * (1 if tied else 2)
     block = (parameters - embeddings) / layers
     gathered = 2 * (embeddings + 2 * block) + 2 * (embeddings + block)  # bfloat16 weights of two blocks, gradients of one
     logits = 3 * 4 * LOGIT_CHUNK * vocabulary
     activations = tokens * activation_bytes(layers, hidden, kv, inner, checkpointing)
-    return ((0 if offload else states) + gathered + logits + activations) / 1e9
+    reducing = embeddings * (2 + 2 + 4 + 4 / gpus)  # last, without activations: their gradients are summed in float32
+    return ((0 if offload else states) + max(gathered + logits + activations, reducing)) / 1e9
 
 if __name__ == "__main__":
     print("| model | GPUs | as it is | `--activation-checkpointing` | `--cpu-offload` | `--prm-ref policy` | all three "
