@@ -1407,13 +1407,15 @@ def matmul_flops(dtype: torch.dtype) -> float:
     return 2 * n ** 3 / min(product.timeit(1).mean for _ in range(4))
 
 def throughput(run: Run, considered: list[Rollout], batch: Batch, models: Models, metrics: dict, cfg: Config) -> dict:
-    """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 6 operations a parameter and token for a forward
-    and backward pass; attention is not counted."""
-    figures = {"tokens_per_second/rollout": sum(len(r.ids) for r in considered) / run.seconds["rollout"]}
+    """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 2 operations a parameter and token forward, 4 more
+    backward; of rollouts the prompts, and attention, are not counted."""
     tokens, parameters = sum(map(len, batch.tokens)), sum(p.numel() for p in models.policy.model.parameters())
-    for phase in [phase for phase in ("prm", "critic", "policy") if f"{phase}/loss" in metrics]:
-        speed = figures[f"tokens_per_second/{phase}"] = tokens / run.seconds[phase]
-        figures[f"mfu/{phase}"] = 6 * parameters * speed / dist.get_world_size() / matmul_flops(getattr(torch, cfg.dtype))
+    work = {"rollout": (sum(len(r.ids) for r in considered), 2)} | ({"ref": (tokens, 2)} if models.prm else {})
+    work |= {phase: (tokens, 6) for phase in ("prm", "critic", "policy") if f"{phase}/loss" in metrics}
+    peak, figures = matmul_flops(getattr(torch, cfg.dtype)) * dist.get_world_size(), {}
+    for phase, (count, operations) in work.items():
+        speed = figures[f"tokens_per_second/{phase}"] = count / run.seconds[phase]
+        figures[f"mfu/{phase}"] = operations * parameters * speed / peak
     return figures
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
@@ -758,8 +759,9 @@ def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
     assert prime.main(arguments(tmp_path / "run", "--eval-data", data, "--eval-samples", "2", "--prm-probe-every", "1")) == 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert {"time/rollout", "time/ref", "time/prm", "time/policy", "time/step", "tokens_per_second/rollout", "tokens_per_second/prm",
-            "tokens_per_second/policy", "mfu/prm", "mfu/policy"} <= set(json.loads(open(tmp_path / "run/metrics.jsonl").readlines()[-1]))
+    figures = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    for phase in ("rollout", "ref", "prm", "policy"):
+        assert all(figures[f"{key}/{phase}"] > 0 for key in ("time", "tokens_per_second", "mfu")), phase
     first = lines[1]
     assert first["prm/first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rollout/kept_prompts"] == 8 and 0.2 <= first["rollout/accuracy"] <= 0.9
@@ -775,6 +777,19 @@ def test_loop_end_to_end(arguments, sft, data, tmp_path, capsys):
                        "--prm", str(tmp_path / "run" / "prm"), "--prm-ref", sft, "--inspect",
                        "--output", str(tmp_path / "eval")]) == 0
     assert 0 <= metrics(tmp_path / "eval")[0]["eval/sums/best_of@2"] <= 1
+
+
+def test_a_step_reads_each_response_once_a_model(arguments, tmp_path, monkeypatch):
+    """With one update a batch, old log-probabilities and process rewards come from the training passes."""
+    seen, plain = Counter(), prime.token_values
+
+    def counted(model, batch, rows, *more):
+        seen.update({id(model): len(rows)})
+        return plain(model, batch, rows, *more)
+
+    monkeypatch.setattr(prime, "token_values", counted)
+    assert prime.main(arguments(tmp_path / "run", "--steps", "1", "--minibatch", "32", "--prm-minibatch", "32")) == 0
+    assert list(seen.values()) == [32, 32, 32]  # reference, PRM, policy
 
 
 def test_page_shows_any_text_as_text(data, monkeypatch):
@@ -1129,8 +1144,7 @@ def test_seeds_differ_by_step_and_rank(loaded, data, monkeypatch):
             seeds.append(seed)
             return iter(())
 
-        def close(self):
-            pass
+        close = int  # nothing to do
 
     monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
     monkeypatch.setattr(prime, "gather", lambda item: [item, item])
@@ -1141,6 +1155,30 @@ def test_seeds_differ_by_step_and_rank(loaded, data, monkeypatch):
             for step in ("step 1 draw 0", "step 1 draw 16", "step 2 draw 0", "step 1 draw 0"):
                 sampler.sample(problems, [(0, [10]), (1, [11])], 2, 1.0, step)
     assert seeds[0] == seeds[3] and seeds[4] == seeds[7] and len(set(seeds)) == 6
+
+
+def test_responses_are_verified_while_others_are_generated(loaded, data, monkeypatch):
+    cfg, _, tokenizer = loaded
+    events = []
+
+    class Engine:
+        close = int  # nothing to do
+
+        def generate(self, prompts, *_):
+            for i, prompt in enumerate(prompts):
+                events.append("generated")
+                yield i, prompt, None, False
+
+    class Verifier(prime.verify.Verifier):
+        def submit(self, *item):
+            events.append("submitted")
+            return super().submit(*item)
+
+    monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
+    monkeypatch.setattr(prime.verify, "Verifier", Verifier)
+    with prime.Sampler("", tokenizer, cfg) as sampler:
+        sampler.sample(prime.Problems(data, cfg), [(0, [10]), (1, [11]), (2, [12])], 1, 1.0, "")
+    assert events == ["generated", "submitted"] * 3
 
 
 def test_collecting_accepts_in_order_and_returns_surplus(loaded, data):
