@@ -468,10 +468,9 @@ def setup_distributed() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
-        with contextlib.suppress(AttributeError):  # not glibc
-            libc = ctypes.CDLL(None)  # it shall keep what tensors free: new pages cost a virtual machine a fifth of an update
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        with contextlib.suppress(AttributeError):  # glibc: keep freed memory; fresh pages cost a fifth of an update
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which end when freed
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1406,12 +1405,14 @@ def matmul_flops(dtype: torch.dtype) -> float:
     product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # waits for the result
     return 2 * n ** 3 / min(product.timeit(1).mean for _ in range(4))
 
-def throughput(run: Run, considered: list[Rollout], batch: Batch, models: Models, metrics: dict, cfg: Config) -> dict:
+def throughput(run: Run, considered: list[Rollout], batch: Batch, first: tuple, models: Models, metrics: dict, cfg: Config) -> dict:
     """Tokens a second, and model-FLOPs utilisation: of matmul_flops, at 2 operations a parameter and token forward, 4 more
-    backward; of rollouts the prompts, and attention, are not counted."""
+    backward. first: first_logps' results. Not counted: attention, prompts of rollouts, passes of the PRM besides its training."""
     tokens, parameters = sum(map(len, batch.tokens)), sum(p.numel() for p in models.policy.model.parameters())
-    work = {"rollout": (sum(len(r.ids) for r in considered), 2)} | ({"ref": (tokens, 2)} if models.prm else {})
-    work |= {phase: (tokens, 6) for phase in ("prm", "critic", "policy") if f"{phase}/loss" in metrics}
+    passes = len({id(logps) for logps in first if logps is not None})
+    work = {"rollout": (sum(len(r.ids) for r in considered), 2)} | ({"ref": (passes * tokens, 2)} if passes else {})
+    for phase, times in (("prm", 1), ("critic", 1), ("policy", cfg.ppo_epochs)):
+        work |= {phase: (times * tokens, 6)} if f"{phase}/loss" in metrics else {}
     peak, figures = matmul_flops(getattr(torch, cfg.dtype)) * dist.get_world_size(), {}
     for phase, (count, operations) in work.items():
         speed = figures[f"tokens_per_second/{phase}"] = count / run.seconds[phase]
@@ -1482,7 +1483,7 @@ def train(cfg: Config, run: Run) -> int:
             with run.timed("policy"):  # PPO's clipped update (Eq. 6)
                 if step > cfg.prm_warmup_steps:
                     metrics |= update_policy(models.policy, batch, advantages, old_logps, cfg, step)
-            metrics |= throughput(run, considered, batch, models, metrics, cfg)
+            metrics |= throughput(run, considered, batch, (old_logps, ref_logps), models, metrics, cfg)
             stop = any(gather(run.interrupted))
             if step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0 and not stop:
                 metrics |= evaluate(sampler, eval_sets, models, cfg, run, step)
@@ -1548,7 +1549,7 @@ def main(argv: list[str] | None = None) -> int:
         setup_distributed()
         run = Run(cfg)
         code = evaluate_only(cfg, run) if cfg.eval_only else train(cfg, run)
-        if dist.is_initialized():  # vLLM has ended it
+        if dist.is_initialized():  # else vLLM's end has ended it
             dist.destroy_process_group()
         return code
     except (UserError, OSError) as e:
@@ -1556,7 +1557,7 @@ def main(argv: list[str] | None = None) -> int:
         if run and run.main and not cfg.resume and not run.metrics.stat().st_size:
             shutil.rmtree(run.folder)  # nothing had begun: the corrected command may take this folder
     except RuntimeError as e:
-        if "out of memory" not in str(e).lower():
+        if not re.search("out of memory|can't allocate memory", str(e), re.IGNORECASE):
             raise
         message = ("out of memory; what helps: a smaller --token-budget, --activation-checkpointing, --prm-ref policy, "
                    f"--cpu-offload, a smaller --vllm-memory or --rollout-batch, more GPUs ({str(e).split('. ')[0]})")

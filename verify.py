@@ -415,9 +415,11 @@ def _equal_quantities(left, right) -> bool:
     return bool(units[0]) != bool(units[1]) and _same_value(_replace(left, units[0]), _replace(right, units[1]))
 
 def _rounded(exact, decimal) -> bool:
-    r"""Whether a number and its decimal agree to five percent, as in `5\sqrt2 \approx 7.07`."""
-    samples = _samples((exact, decimal), REAL)
-    return _equal(exact, decimal) or len(samples) == 1 and abs(samples[0][0] - samples[0][1]) <= 0.05 * abs(samples[0][0])
+    r"""Whether two numbers, units aside, agree to one percent, as in `5\sqrt2 \approx 7.07`."""
+    units = {name: ONE for name in _names(exact) | _names(decimal) if name.startswith("unit ")}
+    values = _samples((_replace(exact, units), _replace(decimal, units)), REAL)
+    close = len(values) == 1 and 100 * abs(values[0][0] - values[0][1]) <= abs(values[0][0])
+    return _equal(exact, decimal) or close and not _cells(exact) + _cells(decimal)
 
 def _designates(node) -> bool:
     """Whether a side of an equation only names what the other side is: x, f(x), AB, |AB|, A:B, dy/dx, A^{-1}."""
@@ -435,8 +437,9 @@ def _solution(node):
     first, last = _designates(sides[0]), _designates(sides[-1])
     if set(signs) <= set("=≈∈"):
         subject = sides.pop(0 if first else -1) if first or last else None
-        agree = _rounded if "≈" in signs else _equal
-        return (subject, sides[0]) if all(agree(sides[0], side) for side in sides[1:]) else (None, None)
+        pairs = zip(signs[first:], sides, sides[1:])
+        agree = all(_rounded(*pair) if sign == "≈" else _equal(*pair) for sign, *pair in pairs)
+        return (subject, sides[0]) if agree else (None, None)
     if len(sides) == 2 and (first or last):
         signs, sides = ("<" + signs, [_signed("-", "∞"), *sides]) if first else (signs + "<", [*sides, "∞"])
     if len(sides) != 3 or not set(signs) <= set("<≤") or _kind(sides[1]) == "abs":
