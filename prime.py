@@ -462,7 +462,7 @@ def make_miniature_model(folder: Path, seed: int) -> None:
 LOGIT_CHUNK = 1024  # response tokens whose (tokens, vocabulary) float32 logits exist at one time
 
 def setup_distributed() -> None:
-    """Join torchrun's process group, or make one of this process alone."""
+    """Set this process up: its GPU or its allocator, and torchrun's process group or one of its own."""
     if "RANK" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")  # vLLM needs it, and some launchers do not set it
     if torch.cuda.is_available():
@@ -1410,13 +1410,12 @@ def throughput(run: Run, considered: list[Rollout], batch: Batch, first: tuple, 
     backward. first: first_logps' results. Not counted: attention, prompts of rollouts, passes of the PRM besides its training."""
     tokens, parameters = sum(map(len, batch.tokens)), sum(p.numel() for p in models.policy.model.parameters())
     passes = len({id(logps) for logps in first if logps is not None})
-    work = {"rollout": (sum(len(r.ids) for r in considered), 2)} | ({"ref": (passes * tokens, 2)} if passes else {})
-    for phase, times in (("prm", 1), ("critic", 1), ("policy", cfg.ppo_epochs)):
-        work |= {phase: (times * tokens, 6)} if f"{phase}/loss" in metrics else {}
     peak, figures = matmul_flops(getattr(torch, cfg.dtype)) * dist.get_world_size(), {}
-    for phase, (count, operations) in work.items():
-        speed = figures[f"tokens_per_second/{phase}"] = count / run.seconds[phase]
-        figures[f"mfu/{phase}"] = operations * parameters * speed / peak
+    for phase, count, operations in (("rollout", sum(len(r.ids) for r in considered), 2), ("ref", passes * tokens, 2),
+                                     ("prm", tokens, 6), ("critic", tokens, 6), ("policy", cfg.ppo_epochs * tokens, 6)):
+        if count and (operations == 2 or f"{phase}/loss" in metrics):  # the phase took place
+            speed = figures[f"tokens_per_second/{phase}"] = count / run.seconds[phase]
+            figures[f"mfu/{phase}"] = operations * parameters * speed / peak
     return figures
 
 # ----------------------------------------------------------------------------------------------------------------------

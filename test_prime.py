@@ -382,6 +382,11 @@ def some_rollouts(tokenizer, n=10):
     return rollouts
 
 
+def engine_of(generate):
+    """In place of prime.make_engine: an engine that samples by this function."""
+    return lambda *_: types.SimpleNamespace(generate=generate, close=lambda: None)
+
+
 def gradient_of(model):
     return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
 
@@ -734,12 +739,12 @@ def test_two_processes_compute_what_one_does(arguments, tmp_path):
     assert len(grads_one) == len(grads_two) == 3 * 4  # two updates of the PRM and two of the policy a step
     for a, b in zip(grads_one[:4], grads_two[:4]):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    saved = {name: (tmp_path / "x2" / "run" / name / "model.safetensors").read_bytes() for name in ("policy", "prm")}
-    for name in saved:
-        (tmp_path / "x2" / "run" / name / "model.safetensors").unlink()
+    saved = {path: path.read_bytes() for path in (tmp_path / f"x2/run/{name}/model.safetensors" for name in ("policy", "prm"))}
+    for path in saved:
+        path.unlink()
     scripted(tmp_path / "same", 1, ["--resume", str(tmp_path / "x2" / "run")], "x2/run")  # loads, has no step to run, saves
-    for name, weights in saved.items():
-        assert (tmp_path / "x2" / "run" / name / "model.safetensors").read_bytes() == weights
+    for path, weights in saved.items():
+        assert path.read_bytes() == weights
     on, _ = scripted(tmp_path / "on", 1, ["--resume", str(tmp_path / "x2" / "run"), "--steps", "4"], "x2/run")
     whole, _ = scripted(tmp_path / "x4", 1, arguments(tmp_path / "x4" / "run", *more[2:], "--steps", "4"))
     for key, value in whole[4].items():  # saved by two, continued by one: as if by one from the start
@@ -1040,14 +1045,10 @@ def test_gold_scores_1_and_wrong_0(kind, suffix, tmp_path, monkeypatch):
         def decode(self, ids, **_):
             return bytes(ids).decode()
 
-    class Engine:
-        def generate(self, prompts, k, max_tokens, temperature, seed):
-            return ((i, list(responses[j % 2].encode()), None, False) for i in range(len(prompts)) for j in range(k))
+    def generate(prompts, k, max_tokens, temperature, seed):
+        return ((i, list(responses[j % 2].encode()), None, False) for i in range(len(prompts)) for j in range(k))
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
+    monkeypatch.setattr(prime, "make_engine", engine_of(generate))
     prime.setup_distributed()
     cfg = prime.Config(template="none", eval_samples=4, output=str(tmp_path / "run"))
     with prime.Sampler("", Bytes(), cfg) as sampler:
@@ -1141,15 +1142,11 @@ def test_seeds_differ_by_step_and_rank(loaded, data, monkeypatch):
     cfg, _, tokenizer = loaded
     problems, seeds = prime.Problems(data, cfg), []
 
-    class Engine:
-        def generate(self, prompts, k, max_tokens, temperature, seed):
-            seeds.append(seed)
-            return iter(())
+    def generate(prompts, k, max_tokens, temperature, seed):
+        seeds.append(seed)
+        return iter(())
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
+    monkeypatch.setattr(prime, "make_engine", engine_of(generate))
     monkeypatch.setattr(prime, "gather", lambda item: [item, item])
     monkeypatch.setattr(prime.dist, "get_world_size", lambda: 2)
     with prime.Sampler("", tokenizer, cfg) as sampler:
@@ -1164,21 +1161,17 @@ def test_responses_are_submitted_as_they_come(loaded, data, monkeypatch):
     cfg, _, tokenizer = loaded
     events = []
 
-    class Engine:
-        def close(self):
-            pass
-
-        def generate(self, prompts, *_):
-            for i, prompt in enumerate(prompts):
-                events.append("generated")
-                yield i, prompt, None, False
+    def generate(prompts, *_):
+        for i, prompt in enumerate(prompts):
+            events.append("generated")
+            yield i, prompt, None, False
 
     class Verifier(prime.verify.Verifier):
         def submit(self, *item):
             events.append("submitted")
             return super().submit(*item)
 
-    monkeypatch.setattr(prime, "make_engine", lambda *_: Engine())
+    monkeypatch.setattr(prime, "make_engine", engine_of(generate))
     monkeypatch.setattr(prime.verify, "Verifier", Verifier)
     with prime.Sampler("", tokenizer, cfg) as sampler:
         sampler.sample(prime.Problems(data, cfg), [(0, [10]), (1, [11]), (2, [12])], 1, 1.0, "")

@@ -407,17 +407,21 @@ def _equal(left, right) -> bool:
         return cells <= MAX_ITEMS and _samples((left, right), REAL) != [] and _same_symbolically(left, right)
     return not kinds & CONTAINERS and _equal_quantities(left, right)
 
+def _without_units(node) -> tuple:
+    """The tree with each of its units replaced by 1, and whether it has any. A unit by itself is none."""
+    units = {name: ONE for name in _names(node) - {node} if name.startswith("unit ")}
+    return _replace(node, units), bool(units)
+
 def _equal_quantities(left, right) -> bool:
     """Equality of values. One side may leave out a unit, degree or percent sign; the other's then counts as one."""
     if _same_value(_replace(left, SCALES), _replace(right, SCALES)):
         return True
-    units = [{name: ONE for name in _names(node) - {node} if name.startswith("unit ")} for node in (left, right)]
-    return bool(units[0]) != bool(units[1]) and _same_value(_replace(left, units[0]), _replace(right, units[1]))
+    (left, left_units), (right, right_units) = _without_units(left), _without_units(right)
+    return left_units != right_units and _same_value(left, right)
 
 def _rounded(exact, decimal) -> bool:
     r"""Whether two numbers, units aside, agree to one percent, as in `5\sqrt2 \approx 7.07`."""
-    units = {name: ONE for name in _names(exact) | _names(decimal) if name.startswith("unit ")}
-    values = _samples((_replace(exact, units), _replace(decimal, units)), REAL)
+    values = _samples((_without_units(exact)[0], _without_units(decimal)[0]), REAL)
     close = len(values) == 1 and 100 * abs(values[0][0] - values[0][1]) <= abs(values[0][0])
     return _equal(exact, decimal) or close and not _cells(exact) + _cells(decimal)
 
